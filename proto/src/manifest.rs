@@ -1,0 +1,174 @@
+//! The manifest: all that a replay needs to know beside the log.
+
+use crate::{Hash, RecordingId};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Largest encoded manifest.
+pub const MANIFEST_BYTES_MAX: usize = 64 << 10;
+/// The manifest's version; another one is refused by its number.
+pub const MANIFEST_VERSION: u32 = 1;
+
+/// What was recorded, on what, and how.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`MANIFEST_VERSION`].
+    pub version: u32,
+    /// The recording's id.
+    pub id: RecordingId,
+    /// The user's name for it.
+    pub name: String,
+    /// The user's labels.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// When it began, milliseconds since 1970.
+    pub created_unix_ms: u64,
+    /// The emulator build that recorded it; a plain replay runs only there.
+    pub build: String,
+    /// The machine.
+    pub machine: MachineSpec,
+    /// Where checks, digests and snapshots stand.
+    pub positions: Positions,
+}
+
+/// The built-in machine as configured.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineSpec {
+    /// Guest RAM.
+    pub memory_bytes: u64,
+    /// Nanoseconds an instruction, as a power of two.
+    pub shift: u32,
+    /// Whether idle time passes in real time (`on`) or is jumped over (`off`).
+    pub sleep: Sleep,
+    /// Firmware, entered first.
+    pub bios: Option<Image>,
+    /// Kernel, or an ELF to run bare.
+    pub kernel: Option<Image>,
+    /// Initial RAM disk.
+    pub initrd: Option<Image>,
+    /// Kernel command line.
+    #[serde(default)]
+    pub append: String,
+    /// Disks, in the order of their virtio slots.
+    #[serde(default)]
+    pub drives: Vec<Image>,
+}
+
+/// What the virtual clock does while every vCPU is idle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sleep {
+    /// It follows real time.
+    On,
+    /// It jumps to the next deadline, but never past an outstanding completion.
+    Off,
+}
+
+/// A file, by content.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Image {
+    /// BLAKE3 of the whole.
+    pub hash: Hash,
+    /// Its length.
+    pub bytes: u64,
+    /// The block that lists its blocks.
+    pub index: Hash,
+    /// The name the user gave, for people only.
+    pub name: String,
+}
+
+/// Fixed positions, in instructions. Any two runs can be compared there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Positions {
+    /// A check every so many instructions.
+    pub check_every: u64,
+    /// A state and history digest every so many; a multiple of `check_every`.
+    pub digest_every: u64,
+    /// A snapshot every so many, zero for none; a multiple of `digest_every`.
+    pub snapshot_every: u64,
+    /// Further digests and snapshots, ascending.
+    #[serde(default)]
+    pub snapshots_at: Vec<u64>,
+}
+
+impl Positions {
+    /// The first position after `icount`.
+    pub fn next_after(&self, icount: u64) -> u64 {
+        let fixed = (icount / self.check_every + 1).saturating_mul(self.check_every);
+        let extra = self.snapshots_at.iter().copied().find(|at| *at > icount);
+        extra.map_or(fixed, |at| at.min(fixed))
+    }
+
+    /// Whether a digest stands at `icount`.
+    pub fn is_digest(&self, icount: u64) -> bool {
+        icount % self.digest_every == 0 || self.snapshots_at.binary_search(&icount).is_ok()
+    }
+
+    /// Whether a snapshot stands at `icount`.
+    pub fn is_snapshot(&self, icount: u64) -> bool {
+        (self.snapshot_every != 0 && icount % self.snapshot_every == 0)
+            || self.snapshots_at.binary_search(&icount).is_ok()
+    }
+}
+
+/// Why bytes are not a manifest.
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestError {
+    /// Not JSON of the right shape.
+    #[error("manifest does not parse: {0}")]
+    Json(#[from] serde_json::Error),
+    /// A version this build does not read.
+    #[error("manifest has version {0}; this build reads version {MANIFEST_VERSION}")]
+    Version(u32),
+    /// A value out of its bounds.
+    #[error("manifest's {what} is {value}: {rule}")]
+    Bound {
+        /// The field.
+        what: &'static str,
+        /// Its value.
+        value: u64,
+        /// What it must be.
+        rule: &'static str,
+    },
+}
+
+impl Manifest {
+    /// JSON bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("a manifest has string keys only")
+    }
+
+    /// Reads and checks a manifest.
+    pub fn decode(bytes: &[u8]) -> Result<Manifest, ManifestError> {
+        #[derive(Deserialize)]
+        struct Probe {
+            version: u32,
+        }
+        let Probe { version } = serde_json::from_slice(bytes)?;
+        if version != MANIFEST_VERSION {
+            return Err(ManifestError::Version(version));
+        }
+        let manifest: Manifest = serde_json::from_slice(bytes)?;
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    fn check(&self) -> Result<(), ManifestError> {
+        let bound = |ok: bool, what, value, rule| {
+            if ok { Ok(()) } else { Err(ManifestError::Bound { what, value, rule }) }
+        };
+        let (m, p) = (&self.machine, &self.positions);
+        let memory = m.memory_bytes;
+        let whole = memory % (1 << 21) == 0 && (1 << 21..=4 << 30).contains(&memory);
+        bound(whole, "memory_bytes", memory, "a multiple of 2 MiB, from 2 MiB to 4 GiB")?;
+        bound(m.shift <= 10, "shift", u64::from(m.shift), "at most 10")?;
+        bound(m.drives.len() <= 8, "drives", m.drives.len() as u64, "at most 8")?;
+        bound(p.check_every >= 1000, "check_every", p.check_every, "at least 1000")?;
+        let nested = p.digest_every != 0 && p.digest_every % p.check_every == 0;
+        bound(nested, "digest_every", p.digest_every, "a multiple of check_every")?;
+        let nested = p.snapshot_every % p.digest_every == 0;
+        bound(nested, "snapshot_every", p.snapshot_every, "a multiple of digest_every, or 0")?;
+        let sorted = p.snapshots_at.is_sorted();
+        bound(sorted, "snapshots_at", p.snapshots_at.len() as u64, "ascending")
+    }
+}
