@@ -369,7 +369,10 @@ fn encode_columns(events: &[Event]) -> Vec<u8> {
                 bytes.extend_from_slice(data);
             }
             Body::Shutdown { code } => put_value(i64::from(*code)),
-            Body::Check { value } => bytes.extend_from_slice(&value.to_le_bytes()),
+            Body::Check { value, output } => {
+                bytes.extend_from_slice(&value.to_le_bytes());
+                bytes.extend_from_slice(&output.to_le_bytes());
+            }
             Body::Digest { root, history } => {
                 bytes.extend_from_slice(&root.0);
                 bytes.extend_from_slice(&history.0);
@@ -429,7 +432,10 @@ fn decode_columns(raw: &[u8], header: &ChunkHeader) -> Result<Vec<Event>, ChunkE
             12 => Body::Shutdown {
                 code: u16::try_from(value()?).map_err(|_| ChunkError::Malformed("shutdown code"))?,
             },
-            13 => Body::Check { value: u64::from_le_bytes(bytes.array()?) },
+            13 => Body::Check {
+                value: u64::from_le_bytes(bytes.array()?),
+                output: u64::from_le_bytes(bytes.array()?),
+            },
             14 => Body::Digest { root: Hash(bytes.array()?), history: Hash(bytes.array()?) },
             _ => Body::End,
         };

@@ -132,10 +132,12 @@ pub enum Body {
         /// The guest's exit code.
         code: u16,
     },
-    /// The running check at a fixed position: pc and registers, folded.
+    /// The running checks at a fixed position.
     Check {
-        /// The fold.
+        /// pc and registers, folded at every event and fixed position so far.
         value: u64,
+        /// The console's bytes so far, folded.
+        output: u64,
     },
     /// The digests at a fixed position.
     Digest {
@@ -208,7 +210,7 @@ impl fmt::Display for Body {
                 write!(f, "async char \"{}\"", data.escape_ascii())
             }
             Body::Shutdown { code } => write!(f, "shutdown, code {code}"),
-            Body::Check { value } => write!(f, "check {value:016x}"),
+            Body::Check { value, output } => write!(f, "check {value:016x} output {output:016x}"),
             Body::Digest { root, history } => {
                 write!(f, "digest {} history {}", root.short(), history.short())
             }

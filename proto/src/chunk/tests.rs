@@ -14,7 +14,7 @@ fn body() -> impl Strategy<Value = Body> {
         proptest::collection::vec(any::<u8>(), 0..40)
             .prop_map(|data| Body::Async(AsyncEvent::Char { data })),
         any::<u16>().prop_map(|code| Body::Shutdown { code }),
-        any::<u64>().prop_map(|value| Body::Check { value }),
+        any::<u64>().prop_map(|value| Body::Check { value, output: !value }),
         any::<[u8; 32]>()
             .prop_map(|h| Body::Digest { root: Hash(h), history: Hash::of(&h) }),
         Just(Body::End),

@@ -1,0 +1,46 @@
+//! The bundled guest: an embedded default that does what makes replay hard.
+
+use crate::machine::loader::Images;
+use heddle_proto::manifest::{Image, MachineSpec, Sleep};
+use heddle_proto::Hash;
+use std::sync::Arc;
+
+/// The guest's ELF; `guest/build` rebuilds it.
+pub const LOOM_ELF: &[u8] = include_bytes!("../guest/loom.elf");
+/// Bytes of the disk it reads and writes.
+const DISK_BYTES: usize = 1 << 20;
+
+/// The guest's disk: the same bytes every time.
+pub fn disk() -> Vec<u8> {
+    let mut rng = crate::schedule::Seeded::new(7);
+    (0..DISK_BYTES / 8).flat_map(|_| rng.next().to_le_bytes()).collect()
+}
+
+/// The guest's files.
+pub fn images() -> Images {
+    Images {
+        kernel: Some(Arc::from(LOOM_ELF)),
+        drives: vec![Arc::from(disk())],
+        ..Images::default()
+    }
+}
+
+/// The machine it runs on; images are named, with hashes, but without block indexes.
+pub fn spec() -> MachineSpec {
+    let image = |name: &str, bytes: &[u8]| Image {
+        hash: Hash::of(bytes),
+        bytes: bytes.len() as u64,
+        index: Hash::ZERO,
+        name: name.into(),
+    };
+    MachineSpec {
+        memory_bytes: 16 << 20,
+        shift: 3,
+        sleep: Sleep::On,
+        bios: None,
+        kernel: Some(image("loom.elf", LOOM_ELF)),
+        initrd: None,
+        append: String::new(),
+        drives: vec![image("loom.disk", &disk())],
+    }
+}

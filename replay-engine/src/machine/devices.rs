@@ -1,0 +1,278 @@
+//! Device accesses, interrupt lines, and what timers and async events do.
+//!
+//! The memory map is QEMU `virt`'s.
+
+use super::clint::{ClintWrite, TICK_NS};
+use super::hart::{Trap, irq};
+use super::memory::Access;
+use super::rtc::{Rtc, RtcWrite};
+use super::virtio_block::VirtioWrite;
+use super::{BottomHalf, Machine, Outside, RAM_BASE};
+use crate::role;
+use crate::timer::{TimerClock, TimerId};
+use heddle_proto::{AsyncEvent, ClockKind, Role};
+
+/// Device addresses.
+#[allow(missing_docs)]
+pub mod map {
+    pub const TEST: u64 = 0x10_0000;
+    pub const RTC: u64 = 0x10_1000;
+    pub const CLINT: u64 = 0x200_0000;
+    pub const CLINT_BYTES: u64 = 0x1_0000;
+    pub const PLIC: u64 = 0xc00_0000;
+    pub const PLIC_BYTES: u64 = 0x60_0000;
+    pub const UART: u64 = 0x1000_0000;
+    pub const VIRTIO: u64 = 0x1000_1000;
+    pub const VIRTIO_BYTES: u64 = 0x1000;
+    pub const VIRTIO_SLOTS: u64 = 8;
+    pub const UART_IRQ: u32 = 10;
+    pub const RTC_IRQ: u32 = 11;
+    pub const VIRTIO_IRQ: u32 = 1;
+}
+
+/// The guest asked for a reset; like `-no-reboot`, that ends the run, with this code.
+pub const RESET_CODE: u16 = 0;
+
+impl Machine {
+    pub(super) fn load_device(
+        &mut self,
+        va: u64,
+        pa: u64,
+        size: usize,
+        outside: &mut dyn Outside,
+    ) -> Result<u64, Trap> {
+        let value = match pa {
+            map::CLINT..=0x200_ffff => {
+                let ticks = (self.virtual_now() / TICK_NS) as u64;
+                self.clint.load(pa - map::CLINT, size, ticks)
+            }
+            map::PLIC..=0xc5f_ffff if size == 4 && pa % 4 == 0 => {
+                let value = self.plic.load(pa - map::PLIC);
+                self.update_lines();
+                Some(u64::from(value))
+            }
+            map::UART..=0x1000_00ff if size == 1 => {
+                let value = self.uart.load(pa - map::UART);
+                self.update_lines();
+                Some(u64::from(value))
+            }
+            map::RTC..=0x10_1fff if size == 4 => {
+                let offset = pa - map::RTC;
+                let now = if Rtc::reads_clock(offset) {
+                    outside.read_clock(ClockKind::Host, self.icount, &self.hart)
+                } else {
+                    0
+                };
+                self.attention = true;
+                Some(u64::from(self.rtc.load(offset, now)))
+            }
+            map::TEST..=0x10_0fff => Some(0),
+            map::VIRTIO..=0x1000_8fff => self.load_virtio(pa - map::VIRTIO, size),
+            _ => None,
+        };
+        value.ok_or(Access::Load.access_fault(va))
+    }
+
+    fn load_virtio(&self, offset: u64, size: usize) -> Option<u64> {
+        let (slot, register) = ((offset >> 12) as usize, offset & 0xfff);
+        let Some(drive) = self.drives.get(slot) else {
+            // An empty slot has the magic and version, and device id 0.
+            return Some(match register {
+                0 => 0x7472_6976,
+                4 => 2,
+                _ => 0,
+            });
+        };
+        let word = u64::from(drive.controller.load(register & !3, &drive.disk));
+        match size {
+            4 => Some(word),
+            8 if register >= 0x100 => {
+                let high = drive.controller.load((register & !3) + 4, &drive.disk);
+                Some(word | u64::from(high) << 32)
+            }
+            1 | 2 if register >= 0x100 => Some(word >> (register % 4 * 8) & ((1 << (size * 8)) - 1)),
+            _ => None,
+        }
+    }
+
+    pub(super) fn store_device(
+        &mut self,
+        va: u64,
+        pa: u64,
+        size: usize,
+        value: u64,
+        _outside: &mut dyn Outside,
+    ) -> Result<(), Trap> {
+        let done = match pa {
+            map::CLINT..=0x200_ffff => self.store_clint(pa - map::CLINT, size, value),
+            map::PLIC..=0xc5f_ffff if size == 4 && pa % 4 == 0 => {
+                self.plic.store(pa - map::PLIC, value as u32);
+                self.update_lines();
+                Some(())
+            }
+            map::UART..=0x1000_00ff if size == 1 => {
+                if let Some(byte) = self.uart.store(pa - map::UART, value as u8) {
+                    self.console.push(byte);
+                }
+                self.update_lines();
+                Some(())
+            }
+            map::RTC..=0x10_1fff if size == 4 => {
+                self.store_rtc(pa - map::RTC, value as u32);
+                Some(())
+            }
+            map::TEST..=0x10_0fff => {
+                self.shutdown = match value & 0xffff {
+                    0x5555 => Some(0),
+                    0x3333 => Some((value >> 16) as u16),
+                    0x7777 => Some(RESET_CODE),
+                    _ => None,
+                };
+                self.attention = true;
+                Some(())
+            }
+            map::VIRTIO..=0x1000_8fff if size == 4 => {
+                self.store_virtio(pa - map::VIRTIO, value as u32);
+                Some(())
+            }
+            _ => None,
+        };
+        done.ok_or(Access::Store.access_fault(va))
+    }
+
+    fn store_clint(&mut self, offset: u64, size: usize, value: u64) -> Option<()> {
+        match self.clint.store(offset, size, value)? {
+            ClintWrite::Compare => {
+                let due = self.clint.mtimecmp.saturating_mul(TICK_NS as u64).min(i64::MAX as u64);
+                self.clint.timer_line = self.virtual_now() as u64 >= due;
+                if self.clint.timer_line || due == i64::MAX as u64 {
+                    self.timers.disarm(TimerClock::Virtual, TimerId::Clint);
+                } else {
+                    self.timers.arm(TimerClock::Virtual, TimerId::Clint, due as i64);
+                }
+                self.work = true;
+            }
+            ClintWrite::Software | ClintWrite::Ignored => {}
+        }
+        self.update_lines();
+        Some(())
+    }
+
+    fn store_rtc(&mut self, offset: u64, value: u32) {
+        match self.rtc.store(offset, value) {
+            Some(RtcWrite::Alarm) => {
+                match self.rtc.alarm {
+                    Some(at) => self.timers.arm(TimerClock::Host, TimerId::RtcAlarm, at),
+                    None => self.timers.disarm(TimerClock::Host, TimerId::RtcAlarm),
+                }
+                self.leave_for_work();
+            }
+            Some(RtcWrite::Line) => self.update_lines(),
+            None => {}
+        }
+    }
+
+    fn store_virtio(&mut self, offset: u64, value: u32) {
+        let (slot, register) = ((offset >> 12) as usize, offset & 0xfff);
+        let Some(drive) = self.drives.get_mut(slot) else { return };
+        match drive.controller.store(register, value) {
+            VirtioWrite::Notify => {
+                self.bottom_halves.push(BottomHalf { id: self.next_bottom_half, disk: slot });
+                self.next_bottom_half += 1;
+                self.leave_for_work();
+            }
+            VirtioWrite::Line => self.update_lines(),
+            VirtioWrite::Nothing => {}
+        }
+    }
+
+    fn leave_for_work(&mut self) {
+        self.work = true;
+        self.attention = true;
+    }
+
+    /// The hart's lines as all devices drive them now.
+    pub(super) fn device_lines(&self) -> u64 {
+        let software = if self.clint.msip != 0 { irq::MSI } else { 0 };
+        let timer = if self.clint.timer_line { irq::MTI } else { 0 };
+        software | timer | self.plic.lines()
+    }
+
+    /// Carries device lines to the hart. What this does depends on the thread:
+    /// the vCPU thread sets them directly; the iothread has to kick the vCPU
+    /// out of its run, which then looks itself.
+    pub(super) fn update_lines(&mut self) {
+        self.plic.set_level(map::UART_IRQ, self.uart.line());
+        self.plic.set_level(map::RTC_IRQ, self.rtc.line());
+        for (slot, drive) in self.drives.iter().enumerate() {
+            self.plic.set_level(map::VIRTIO_IRQ + slot as u32, drive.controller.line());
+        }
+        let lines = self.device_lines();
+        if lines == self.hart.lines {
+            return;
+        }
+        match role::current() {
+            Role::Vcpu => {
+                self.hart.lines = lines;
+                self.attention = true;
+            }
+            Role::Iothread => self.hart.kick_pending = true,
+        }
+    }
+
+    /// Whether an async event has its counterpart: its request is in flight.
+    pub fn expects(&self, event: &AsyncEvent) -> bool {
+        match event {
+            AsyncEvent::BottomHalf { id } => self.bottom_halves.iter().any(|half| half.id == *id),
+            AsyncEvent::Block { id } => {
+                self.drives.iter().any(|d| d.controller.in_flight.iter().any(|r| r.id == *id))
+            }
+            AsyncEvent::Char { .. } => true,
+        }
+    }
+
+    /// Runs an async event on the current role. `false`: no such bottom half or
+    /// request is outstanding.
+    pub fn run_async(&mut self, event: &AsyncEvent) -> bool {
+        match event {
+            AsyncEvent::BottomHalf { id } => {
+                let Some(at) = self.bottom_halves.iter().position(|half| half.id == *id) else {
+                    return false;
+                };
+                let half = self.bottom_halves.remove(at);
+                let drive = &mut self.drives[half.disk];
+                let next_id = &mut self.next_request;
+                let popped = drive.controller.pop_requests(&self.ram, RAM_BASE, next_id);
+                self.submitted.extend(popped);
+            }
+            AsyncEvent::Block { id } => {
+                let owner = self
+                    .drives
+                    .iter_mut()
+                    .find(|drive| drive.controller.in_flight.iter().any(|r| r.id == *id));
+                let Some(drive) = owner else { return false };
+                drive.controller.complete(*id, &mut self.ram, RAM_BASE, &mut drive.disk);
+            }
+            AsyncEvent::Char { data } => self.uart.receive(data),
+        }
+        self.update_lines();
+        true
+    }
+
+    /// Runs the virtual clock's expired timers, on the vCPU.
+    pub fn run_virtual_timers(&mut self) {
+        let now = self.virtual_now();
+        while let Some(id) = self.timers.take_expired(TimerClock::Virtual, now) {
+            if id == TimerId::Clint {
+                self.clint.timer_line = true;
+            }
+        }
+        self.update_lines();
+    }
+
+    /// The RTC's alarm went off, on the iothread.
+    pub fn expire_alarm(&mut self) {
+        self.rtc.expire();
+        self.update_lines();
+    }
+}

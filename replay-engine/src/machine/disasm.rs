@@ -1,0 +1,55 @@
+//! Disassembly, for verdicts and divergence cards.
+
+use super::decode::{Code, Op, SINK};
+
+const NAMES: [&str; 33] = [
+    "zero", "ra", "sp", "gp", "tp", "t0", "t1", "t2", "s0", "s1", "a0", "a1", "a2", "a3", "a4",
+    "a5", "a6", "a7", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9", "s10", "s11", "t3", "t4",
+    "t5", "t6", "zero",
+];
+
+/// The ABI name of register `n`.
+pub fn register_name(n: usize) -> &'static str {
+    NAMES[n.min(SINK as usize)]
+}
+
+/// The instruction as an assembler would write it, for the one at `pc`.
+pub fn disassemble(op: &Op, pc: u64) -> String {
+    use Code::*;
+    let name = mnemonic(op.code);
+    let (rd, rs1, rs2) = (NAMES[op.rd as usize], NAMES[op.rs1 as usize], NAMES[op.rs2 as usize]);
+    let imm = op.imm;
+    let target = pc.wrapping_add(imm as i64 as u64);
+    match op.code {
+        Undecoded => "(not fetched)".into(),
+        Illegal => format!("illegal {imm:#010x}"),
+        Lui | Auipc => format!("{name} {rd}, {:#x}", imm as u32 >> 12),
+        Jal => format!("{name} {rd}, {target:#x}"),
+        Jalr | Lb | Lh | Lw | Ld | Lbu | Lhu | Lwu => format!("{name} {rd}, {imm}({rs1})"),
+        Beq | Bne | Blt | Bge | Bltu | Bgeu => format!("{name} {rs1}, {rs2}, {target:#x}"),
+        Sb | Sh | Sw | Sd => format!("{name} {rs2}, {imm}({rs1})"),
+        Addi | Slti | Sltiu | Xori | Ori | Andi | Slli | Srli | Srai | Addiw | Slliw | Srliw
+        | Sraiw => format!("{name} {rd}, {rs1}, {imm}"),
+        LrW | LrD => format!("{name} {rd}, ({rs1})"),
+        code if (ScW as u8..=AmomaxuD as u8).contains(&(code as u8)) => {
+            format!("{name} {rd}, {rs2}, ({rs1})")
+        }
+        Fence | FenceI | Ecall | Ebreak | Mret | Sret | Wfi => name,
+        SfenceVma => format!("{name} {rs1}, {rs2}"),
+        Csrrw | Csrrs | Csrrc => format!("{name} {rd}, {imm:#x}, {rs1}"),
+        Csrrwi | Csrrsi | Csrrci => format!("{name} {rd}, {imm:#x}, {}", op.rs1),
+        _ => format!("{name} {rd}, {rs1}, {rs2}"),
+    }
+}
+
+/// `AmoaddW` -> `amoadd.w`, `SfenceVma` -> `sfence.vma`.
+fn mnemonic(code: Code) -> String {
+    let name = format!("{code:?}").to_lowercase();
+    let dotted = ["lrw", "lrd", "scw", "scd"].contains(&name.as_str()) || name.starts_with("amo");
+    match name.as_str() {
+        "fencei" => "fence.i".into(),
+        "sfencevma" => "sfence.vma".into(),
+        _ if dotted => format!("{}.{}", &name[..name.len() - 1], &name[name.len() - 1..]),
+        _ => name,
+    }
+}

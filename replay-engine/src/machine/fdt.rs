@@ -1,0 +1,138 @@
+//! The device tree, made at start: what QEMU's `virt` says of the same devices.
+
+use super::RAM_BASE;
+use super::devices::map;
+use vm_fdt::{Error, FdtWriter};
+
+const PLIC_PHANDLE: u32 = 1;
+const CPU_INTC_PHANDLE: u32 = 2;
+const TEST_PHANDLE: u32 = 3;
+/// CLINT ticks a second.
+const TIMEBASE_HZ: u32 = 10_000_000;
+
+/// The blob for a machine of `memory_bytes`, with an initrd at `initrd` (from, to).
+pub fn build(memory_bytes: u64, append: &str, initrd: Option<(u64, u64)>) -> Result<Vec<u8>, Error> {
+    let mut fdt = FdtWriter::new()?;
+    let root = fdt.begin_node("")?;
+    fdt.property_u32("#address-cells", 2)?;
+    fdt.property_u32("#size-cells", 2)?;
+    fdt.property_string("compatible", "riscv-virtio")?;
+    fdt.property_string("model", "riscv-virtio,qemu")?;
+
+    let chosen = fdt.begin_node("chosen")?;
+    fdt.property_string("bootargs", append)?;
+    fdt.property_string("stdout-path", &format!("/soc/serial@{:x}", map::UART))?;
+    if let Some((from, to)) = initrd {
+        fdt.property_u64("linux,initrd-start", from)?;
+        fdt.property_u64("linux,initrd-end", to)?;
+    }
+    fdt.end_node(chosen)?;
+
+    let memory = fdt.begin_node(&format!("memory@{RAM_BASE:x}"))?;
+    fdt.property_string("device_type", "memory")?;
+    fdt.property_array_u64("reg", &[RAM_BASE, memory_bytes])?;
+    fdt.end_node(memory)?;
+
+    cpus(&mut fdt)?;
+    power(&mut fdt)?;
+    soc(&mut fdt)?;
+    fdt.end_node(root)?;
+    fdt.finish()
+}
+
+fn cpus(fdt: &mut FdtWriter) -> Result<(), Error> {
+    let cpus = fdt.begin_node("cpus")?;
+    fdt.property_u32("#address-cells", 1)?;
+    fdt.property_u32("#size-cells", 0)?;
+    fdt.property_u32("timebase-frequency", TIMEBASE_HZ)?;
+    let cpu = fdt.begin_node("cpu@0")?;
+    fdt.property_string("device_type", "cpu")?;
+    fdt.property_u32("reg", 0)?;
+    fdt.property_string("status", "okay")?;
+    fdt.property_string("compatible", "riscv")?;
+    fdt.property_string("riscv,isa", "rv64imac_zicsr_zifencei")?;
+    fdt.property_string("mmu-type", "riscv,sv39")?;
+    let intc = fdt.begin_node("interrupt-controller")?;
+    fdt.property_u32("#interrupt-cells", 1)?;
+    fdt.property_null("interrupt-controller")?;
+    fdt.property_string("compatible", "riscv,cpu-intc")?;
+    fdt.property_u32("phandle", CPU_INTC_PHANDLE)?;
+    fdt.end_node(intc)?;
+    fdt.end_node(cpu)?;
+    fdt.end_node(cpus)
+}
+
+fn power(fdt: &mut FdtWriter) -> Result<(), Error> {
+    for (name, value) in [("poweroff", 0x5555), ("reboot", 0x7777)] {
+        let node = fdt.begin_node(name)?;
+        fdt.property_string("compatible", &format!("syscon-{name}"))?;
+        fdt.property_u32("regmap", TEST_PHANDLE)?;
+        fdt.property_u32("offset", 0)?;
+        fdt.property_u32("value", value)?;
+        fdt.end_node(node)?;
+    }
+    Ok(())
+}
+
+fn soc(fdt: &mut FdtWriter) -> Result<(), Error> {
+    let soc = fdt.begin_node("soc")?;
+    fdt.property_u32("#address-cells", 2)?;
+    fdt.property_u32("#size-cells", 2)?;
+    fdt.property_string("compatible", "simple-bus")?;
+    fdt.property_null("ranges")?;
+
+    let test = fdt.begin_node(&format!("test@{:x}", map::TEST))?;
+    fdt.property_u32("phandle", TEST_PHANDLE)?;
+    fdt.property_array_u64("reg", &[map::TEST, 0x1000])?;
+    let compatible = ["sifive,test1", "sifive,test0", "syscon"].map(String::from).to_vec();
+    fdt.property_string_list("compatible", compatible)?;
+    fdt.end_node(test)?;
+
+    let clint = fdt.begin_node(&format!("clint@{:x}", map::CLINT))?;
+    let compatible = ["sifive,clint0", "riscv,clint0"].map(String::from).to_vec();
+    fdt.property_string_list("compatible", compatible)?;
+    fdt.property_array_u64("reg", &[map::CLINT, map::CLINT_BYTES])?;
+    fdt.property_array_u32("interrupts-extended", &[CPU_INTC_PHANDLE, 3, CPU_INTC_PHANDLE, 7])?;
+    fdt.end_node(clint)?;
+
+    let plic = fdt.begin_node(&format!("plic@{:x}", map::PLIC))?;
+    let compatible = ["sifive,plic-1.0.0", "riscv,plic0"].map(String::from).to_vec();
+    fdt.property_string_list("compatible", compatible)?;
+    fdt.property_array_u64("reg", &[map::PLIC, map::PLIC_BYTES])?;
+    fdt.property_array_u32("interrupts-extended", &[CPU_INTC_PHANDLE, 11, CPU_INTC_PHANDLE, 9])?;
+    fdt.property_null("interrupt-controller")?;
+    fdt.property_u32("#interrupt-cells", 1)?;
+    fdt.property_u32("#address-cells", 0)?;
+    fdt.property_u32("riscv,ndev", super::plic::SOURCES as u32 - 1)?;
+    fdt.property_u32("phandle", PLIC_PHANDLE)?;
+    fdt.end_node(plic)?;
+
+    device(fdt, "serial", map::UART, 0x100, "ns16550a", map::UART_IRQ, Some(3_686_400))?;
+    device(fdt, "rtc", map::RTC, 0x1000, "google,goldfish-rtc", map::RTC_IRQ, None)?;
+    for slot in 0..map::VIRTIO_SLOTS {
+        let at = map::VIRTIO + slot * map::VIRTIO_BYTES;
+        let irq = map::VIRTIO_IRQ + slot as u32;
+        device(fdt, "virtio_mmio", at, map::VIRTIO_BYTES, "virtio,mmio", irq, None)?;
+    }
+    fdt.end_node(soc)
+}
+
+fn device(
+    fdt: &mut FdtWriter,
+    name: &str,
+    at: u64,
+    bytes: u64,
+    compatible: &str,
+    irq: u32,
+    clock_hz: Option<u32>,
+) -> Result<(), Error> {
+    let node = fdt.begin_node(&format!("{name}@{at:x}"))?;
+    fdt.property_string("compatible", compatible)?;
+    fdt.property_array_u64("reg", &[at, bytes])?;
+    fdt.property_u32("interrupts", irq)?;
+    fdt.property_u32("interrupt-parent", PLIC_PHANDLE)?;
+    if let Some(hz) = clock_hz {
+        fdt.property_u32("clock-frequency", hz)?;
+    }
+    fdt.end_node(node)
+}

@@ -1,0 +1,284 @@
+//! A hart's architectural state: registers, CSRs, TLB, reservation.
+
+use super::decode::SINK;
+use serde::{Deserialize, Serialize};
+
+/// Privilege modes by their encoding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[repr(u8)]
+#[allow(missing_docs)]
+pub enum Mode {
+    User = 0,
+    Supervisor = 1,
+    Machine = 3,
+}
+
+impl Mode {
+    /// From `mstatus.MPP`; the reserved value 2 is never stored.
+    pub fn from_bits(bits: u64) -> Mode {
+        match bits & 3 {
+            0 => Mode::User,
+            1 => Mode::Supervisor,
+            _ => Mode::Machine,
+        }
+    }
+}
+
+/// Bits of `mip`/`mie`.
+#[allow(missing_docs)]
+pub mod irq {
+    pub const SSI: u64 = 1 << 1;
+    pub const MSI: u64 = 1 << 3;
+    pub const STI: u64 = 1 << 5;
+    pub const MTI: u64 = 1 << 7;
+    pub const SEI: u64 = 1 << 9;
+    pub const MEI: u64 = 1 << 11;
+    pub const SUPERVISOR: u64 = SSI | STI | SEI;
+    pub const ALL: u64 = SUPERVISOR | MSI | MTI | MEI;
+}
+
+/// Bits of `mstatus`.
+#[allow(missing_docs)]
+pub mod status {
+    pub const SIE: u64 = 1 << 1;
+    pub const MIE: u64 = 1 << 3;
+    pub const SPIE: u64 = 1 << 5;
+    pub const MPIE: u64 = 1 << 7;
+    pub const SPP: u64 = 1 << 8;
+    pub const MPP: u64 = 3 << 11;
+    pub const MPP_SHIFT: u32 = 11;
+    pub const MPRV: u64 = 1 << 17;
+    pub const SUM: u64 = 1 << 18;
+    pub const MXR: u64 = 1 << 19;
+    pub const TVM: u64 = 1 << 20;
+    pub const TW: u64 = 1 << 21;
+    pub const TSR: u64 = 1 << 22;
+    /// UXL and SXL, both 64-bit, read-only.
+    pub const XL: u64 = 2 << 32 | 2 << 34;
+    pub const SSTATUS: u64 = SIE | SPIE | SPP | SUM | MXR | 3 << 32;
+}
+
+/// An exception: what `*cause` and `*tval` will hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Trap {
+    /// Exception code.
+    pub cause: u64,
+    /// Trap value.
+    pub tval: u64,
+}
+
+/// Entries of the TLB; direct-mapped by the low bits of the page number.
+pub const TLB_ENTRIES: usize = 256;
+
+/// One translation. Guest-visible until `sfence.vma`, so part of every snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TlbEntry {
+    /// Virtual page number, `u64::MAX` for an empty entry.
+    pub vpn: u64,
+    /// Physical page number.
+    pub ppn: u64,
+    /// R 2, W 4, X 8, U 16 as in a PTE; W only once D is set.
+    pub permissions: u8,
+}
+
+impl TlbEntry {
+    /// No translation.
+    pub const EMPTY: TlbEntry = TlbEntry { vpn: u64::MAX, ppn: 0, permissions: 0 };
+}
+
+/// The hart. Everything in here is state; nothing is a cache that may be dropped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Hart {
+    /// x0..x31, then the sink of writes to x0, then padding that lets an
+    /// index be masked instead of checked.
+    pub x: Vec<u64>,
+    pub pc: u64,
+    pub mode: Mode,
+    /// LR's physical address and the value loaded there.
+    pub reservation: Option<(u64, u64)>,
+    pub mstatus: u64,
+    pub mie: u64,
+    /// SSIP, STIP and SEIP as software wrote them.
+    pub mip_soft: u64,
+    /// MSIP, MTIP, MEIP and SEIP as the devices drive them.
+    pub lines: u64,
+    pub medeleg: u64,
+    pub mideleg: u64,
+    pub mtvec: u64,
+    pub mepc: u64,
+    pub mcause: u64,
+    pub mtval: u64,
+    pub mscratch: u64,
+    pub mcounteren: u64,
+    pub stvec: u64,
+    pub sepc: u64,
+    pub scause: u64,
+    pub stval: u64,
+    pub sscratch: u64,
+    pub scounteren: u64,
+    pub satp: u64,
+    /// Added to icount by `mcycle` and `minstret`.
+    pub cycle_offset: u64,
+    pub instret_offset: u64,
+    /// Waits in WFI.
+    pub is_idle: bool,
+    /// The iothread wants the hart out of its run, to look at its lines.
+    pub kick_pending: bool,
+    /// How often that happened: `mhpmcounter3`.
+    pub kicks: u64,
+    /// The page being fetched from: virtual and physical number.
+    pub fetch_page: Option<(u64, u64)>,
+    pub tlb: Vec<TlbEntry>,
+}
+
+/// Registers with the sink and padding.
+pub const REGISTERS: usize = 64;
+
+impl Hart {
+    /// After reset, about to execute at `pc`.
+    pub fn new(pc: u64) -> Hart {
+        Hart {
+            x: vec![0; REGISTERS],
+            pc,
+            mode: Mode::Machine,
+            reservation: None,
+            mstatus: status::XL,
+            mie: 0,
+            mip_soft: 0,
+            lines: 0,
+            medeleg: 0,
+            mideleg: 0,
+            mtvec: 0,
+            mepc: 0,
+            mcause: 0,
+            mtval: 0,
+            mscratch: 0,
+            mcounteren: 0,
+            stvec: 0,
+            sepc: 0,
+            scause: 0,
+            stval: 0,
+            sscratch: 0,
+            scounteren: 0,
+            satp: 0,
+            cycle_offset: 0,
+            instret_offset: 0,
+            is_idle: false,
+            kick_pending: false,
+            kicks: 0,
+            fetch_page: None,
+            tlb: vec![TlbEntry::EMPTY; TLB_ENTRIES],
+        }
+    }
+
+    /// `mip` as the guest reads it.
+    pub fn mip(&self) -> u64 {
+        self.mip_soft | self.lines
+    }
+
+    /// Whether WFI ends: an enabled interrupt is pending, even if masked globally.
+    pub fn has_wakeup(&self) -> bool {
+        self.kick_pending || self.mip() & self.mie != 0
+    }
+
+    /// The interrupt to take now, by cause number.
+    pub fn pending_interrupt(&self) -> Option<u64> {
+        let pending = self.mip() & self.mie;
+        if pending == 0 {
+            return None;
+        }
+        let machine_on = self.mode < Mode::Machine || self.mstatus & status::MIE != 0;
+        let supervisor_on = self.mode < Mode::Supervisor
+            || (self.mode == Mode::Supervisor && self.mstatus & status::SIE != 0);
+        let machine = pending & !self.mideleg;
+        let supervisor = pending & self.mideleg;
+        let chosen = if machine_on && machine != 0 {
+            machine
+        } else if supervisor_on {
+            supervisor
+        } else {
+            0
+        };
+        [11, 3, 7, 9, 1, 5].into_iter().find(|cause| chosen >> cause & 1 != 0)
+    }
+
+    /// Enters the handler of an exception or (top bit of `cause`) an interrupt.
+    pub fn enter_trap(&mut self, cause: u64, tval: u64) {
+        let is_interrupt = cause >> 63 != 0;
+        let code = cause & 63;
+        let delegated = if is_interrupt { self.mideleg } else { self.medeleg };
+        let to_supervisor = self.mode <= Mode::Supervisor && delegated >> code & 1 != 0;
+        let vector = if to_supervisor {
+            self.scause = cause;
+            self.sepc = self.pc;
+            self.stval = tval;
+            let spie = if self.mstatus & status::SIE != 0 { status::SPIE } else { 0 };
+            let spp = if self.mode == Mode::Supervisor { status::SPP } else { 0 };
+            self.mstatus &= !(status::SPIE | status::SPP | status::SIE);
+            self.mstatus |= spie | spp;
+            self.mode = Mode::Supervisor;
+            self.stvec
+        } else {
+            self.mcause = cause;
+            self.mepc = self.pc;
+            self.mtval = tval;
+            let mpie = if self.mstatus & status::MIE != 0 { status::MPIE } else { 0 };
+            self.mstatus &= !(status::MPIE | status::MPP | status::MIE);
+            self.mstatus |= mpie | (self.mode as u64) << status::MPP_SHIFT;
+            self.mode = Mode::Machine;
+            self.mtvec
+        };
+        let vectored = vector & 3 == 1 && is_interrupt;
+        let offset = if vectored { code * 4 } else { 0 };
+        self.pc = (vector & !3).wrapping_add(offset);
+        self.fetch_page = None;
+        self.is_idle = false;
+    }
+
+    /// `mret`.
+    pub fn return_machine(&mut self) {
+        let mode = Mode::from_bits(self.mstatus >> status::MPP_SHIFT);
+        let mie = if self.mstatus & status::MPIE != 0 { status::MIE } else { 0 };
+        self.mstatus &= !(status::MPP | status::MIE);
+        self.mstatus |= mie | status::MPIE;
+        if mode != Mode::Machine {
+            self.mstatus &= !status::MPRV;
+        }
+        self.mode = mode;
+        self.fetch_page = None;
+    }
+
+    /// `sret`.
+    pub fn return_supervisor(&mut self) {
+        let mode = if self.mstatus & status::SPP != 0 { Mode::Supervisor } else { Mode::User };
+        let sie = if self.mstatus & status::SPIE != 0 { status::SIE } else { 0 };
+        self.mstatus &= !(status::SPP | status::SIE | status::MPRV);
+        self.mstatus |= sie | status::SPIE;
+        self.mode = mode;
+        self.fetch_page = None;
+    }
+
+    /// Forgets translations: all, or those of one virtual page.
+    pub fn flush_tlb(&mut self, page: Option<u64>) {
+        match page {
+            None => self.tlb.fill(TlbEntry::EMPTY),
+            Some(vpn) => {
+                let entry = &mut self.tlb[vpn as usize % TLB_ENTRIES];
+                if entry.vpn == vpn {
+                    *entry = TlbEntry::EMPTY;
+                }
+            }
+        }
+        self.fetch_page = None;
+    }
+
+    /// pc and registers folded to 64 bits: the cheap check.
+    pub fn fold(&self) -> u64 {
+        let mut sum = self.pc.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        for value in &self.x[1..SINK as usize] {
+            sum = (sum.rotate_left(5) ^ value).wrapping_mul(0x517c_c1b7_2722_0a95);
+        }
+        sum ^ sum >> 29
+    }
+}

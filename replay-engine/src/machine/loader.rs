@@ -1,0 +1,165 @@
+//! Loading: firmware, kernel, initrd and device tree, laid out as QEMU's `virt` does.
+//!
+//! ```text
+//! RAM base          firmware, or the bare ELF at its own addresses
+//! next 2 MiB        kernel
+//! middle of RAM     initrd
+//! last 2 MiB down   device tree, then fw_dynamic's info
+//! ```
+
+use super::hart::Hart;
+use super::ram::Ram;
+use super::{Disk, Machine, RAM_BASE, fdt};
+use elf::{ElfBytes, abi, endian::LittleEndian};
+use heddle_proto::manifest::MachineSpec;
+use std::sync::Arc;
+
+const ALIGN: u64 = 2 << 20;
+/// OpenSBI's `struct fw_dynamic_info`: magic "OSBI", version 2.
+const FW_DYNAMIC_MAGIC: u64 = 0x4942_534f;
+
+/// The bytes of the files that a manifest names.
+#[derive(Clone, Default)]
+#[allow(missing_docs)]
+pub struct Images {
+    pub bios: Option<Arc<[u8]>>,
+    pub kernel: Option<Arc<[u8]>>,
+    pub initrd: Option<Arc<[u8]>>,
+    pub drives: Vec<Arc<[u8]>>,
+}
+
+/// Why a machine can't be built.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// No firmware and no kernel.
+    #[error("nothing to run: give a kernel, or firmware, or both")]
+    Nothing,
+    /// A file does not fit.
+    #[error("{what} does not fit: it needs {from:#x}..{to:#x}, RAM is {RAM_BASE:#x}..{end:#x}; give more memory")]
+    DoesNotFit {
+        /// The file.
+        what: &'static str,
+        /// Where it would begin.
+        from: u64,
+        /// Where it would end.
+        to: u64,
+        /// RAM's end.
+        end: u64,
+    },
+    /// A bad ELF.
+    #[error("{what} is not a 64-bit little-endian RISC-V ELF: {why}")]
+    Elf {
+        /// The file.
+        what: &'static str,
+        /// What is wrong.
+        why: String,
+    },
+    /// Without firmware, the kernel must be an ELF.
+    #[error("without firmware the kernel must be an ELF; give --bios for a raw image")]
+    RawWithoutFirmware,
+    /// The device tree could not be written.
+    #[error("build the device tree: {0}")]
+    Fdt(#[from] vm_fdt::Error),
+}
+
+/// Builds the machine at power-on.
+pub fn build(spec: &MachineSpec, images: &Images) -> Result<Machine, LoadError> {
+    let mut layout = Layout { ram: Ram::new(spec.memory_bytes as usize) };
+    let end = RAM_BASE + spec.memory_bytes;
+    let (entry, kernel_entry) = match (&images.bios, &images.kernel) {
+        (None, None) => return Err(LoadError::Nothing),
+        (None, Some(kernel)) if !is_elf(kernel) => return Err(LoadError::RawWithoutFirmware),
+        (None, Some(kernel)) => (layout.place_elf("kernel", kernel)?.0, 0),
+        (Some(bios), kernel) => {
+            let (entry, top) = layout.place("firmware", bios, RAM_BASE)?;
+            let at = top.next_multiple_of(ALIGN);
+            let kernel_entry = match kernel {
+                Some(kernel) => layout.place("kernel", kernel, at)?.0,
+                None => 0,
+            };
+            (entry, kernel_entry)
+        }
+    };
+    let initrd = match &images.initrd {
+        None => None,
+        Some(initrd) => {
+            // QEMU's rule: half of RAM up, but at most 512 MiB.
+            let from = RAM_BASE + (spec.memory_bytes / 2).min(512 << 20);
+            layout.put("initrd", from, initrd)?;
+            Some((from, from + initrd.len() as u64))
+        }
+    };
+    let fdt = fdt::build(spec.memory_bytes, &spec.append, initrd)?;
+    let fdt_at = (end - fdt.len() as u64 - 64) / ALIGN * ALIGN;
+    layout.put("device tree", fdt_at, &fdt)?;
+    let info_at = fdt_at + (fdt.len() as u64).next_multiple_of(8);
+    let info = [FW_DYNAMIC_MAGIC, 2, kernel_entry, 1, 0, 0].map(u64::to_le_bytes).concat();
+    layout.put("firmware info", info_at, &info)?;
+
+    let mut hart = Hart::new(entry);
+    hart.x[11] = fdt_at;
+    hart.x[12] = info_at;
+    let disks = images.drives.iter().map(|base| Disk::new(base.clone())).collect();
+    Ok(Machine::new(layout.ram, hart, spec.shift, disks))
+}
+
+fn is_elf(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"\x7fELF")
+}
+
+struct Layout {
+    ram: Ram,
+}
+
+impl Layout {
+    /// Places an ELF at its own addresses or a raw image at `at`; entry and top.
+    fn place(&mut self, what: &'static str, bytes: &[u8], at: u64) -> Result<(u64, u64), LoadError> {
+        if is_elf(bytes) {
+            return self.place_elf(what, bytes);
+        }
+        self.put(what, at, bytes)?;
+        Ok((at, at + bytes.len() as u64))
+    }
+
+    fn place_elf(&mut self, what: &'static str, bytes: &[u8]) -> Result<(u64, u64), LoadError> {
+        let bad = |why: String| LoadError::Elf { what, why };
+        let file = ElfBytes::<LittleEndian>::minimal_parse(bytes).map_err(|e| bad(e.to_string()))?;
+        if file.ehdr.e_machine != abi::EM_RISCV || file.ehdr.class != elf::file::Class::ELF64 {
+            return Err(bad(format!("machine {}", file.ehdr.e_machine)));
+        }
+        let segments = file.segments().ok_or_else(|| bad("no program headers".into()))?;
+        let mut top = 0;
+        for segment in segments.iter().filter(|s| s.p_type == abi::PT_LOAD && s.p_memsz > 0) {
+            let data = file.segment_data(&segment).map_err(|e| bad(e.to_string()))?;
+            if data.len() as u64 > segment.p_memsz {
+                return Err(bad("a segment is larger in the file than in memory".into()));
+            }
+            let to = segment.p_paddr.checked_add(segment.p_memsz);
+            let to = to.ok_or_else(|| bad("a segment wraps around".into()))?;
+            self.put(what, segment.p_paddr, data)?;
+            self.check(what, segment.p_paddr, to)?;
+            top = top.max(to);
+        }
+        if top == 0 {
+            return Err(bad("nothing to load".into()));
+        }
+        Ok((file.ehdr.e_entry, top))
+    }
+
+    fn put(&mut self, what: &'static str, at: u64, bytes: &[u8]) -> Result<(), LoadError> {
+        let to = at.saturating_add(bytes.len() as u64);
+        self.check(what, at, to)?;
+        let end = RAM_BASE + self.ram.len() as u64;
+        self.ram
+            .write(at - RAM_BASE, bytes)
+            .ok_or(LoadError::DoesNotFit { what, from: at, to, end })
+    }
+
+    fn check(&self, what: &'static str, from: u64, to: u64) -> Result<(), LoadError> {
+        let end = RAM_BASE + self.ram.len() as u64;
+        if from < RAM_BASE || to > end {
+            return Err(LoadError::DoesNotFit { what, from, to, end });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,252 @@
+//! Memory accesses: Sv39 translation through the TLB, then RAM or a device.
+
+use super::hart::{Mode, TLB_ENTRIES, TlbEntry, Trap, status};
+use super::{Machine, Outside, RAM_BASE};
+
+/// PTE bits.
+mod pte {
+    pub(super) const V: u64 = 1;
+    pub(super) const R: u64 = 2;
+    pub(super) const W: u64 = 4;
+    pub(super) const X: u64 = 8;
+    pub(super) const U: u64 = 16;
+    pub(super) const A: u64 = 64;
+    pub(super) const D: u64 = 128;
+    /// Reserved without Svnapot and Svpbmt.
+    pub(super) const RESERVED: u64 = 0x3ff << 54;
+}
+
+/// What an access is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    Fetch,
+    Load,
+    Store,
+}
+
+impl Access {
+    fn page_fault(self, va: u64) -> Trap {
+        Trap { cause: [12, 13, 15][self as usize], tval: va }
+    }
+    pub(super) fn access_fault(self, va: u64) -> Trap {
+        Trap { cause: [1, 5, 7][self as usize], tval: va }
+    }
+    pub(super) fn misaligned(self, va: u64) -> Trap {
+        Trap { cause: [0, 4, 6][self as usize], tval: va }
+    }
+}
+
+impl Machine {
+    /// Follows `mstatus`, `satp` and the mode: under whose rights data is accessed.
+    pub(super) fn update_paging(&mut self) {
+        let hart = &self.hart;
+        let mode = if hart.mstatus & status::MPRV != 0 {
+            Mode::from_bits(hart.mstatus >> status::MPP_SHIFT)
+        } else {
+            hart.mode
+        };
+        let is_bare = mode == Mode::Machine || hart.satp >> 60 == 0;
+        self.data_paging = (!is_bare).then_some(mode);
+        if hart.fetch_page.is_none() {
+            self.code.leave();
+        }
+        self.attention = true;
+    }
+
+    #[inline(always)]
+    pub(super) fn translate(&mut self, va: u64, access: Access) -> Result<u64, Trap> {
+        match self.data_paging {
+            None => Ok(va),
+            Some(mode) => self.translate_paged(va, access, mode),
+        }
+    }
+
+    fn translate_fetch(&mut self, va: u64) -> Result<u64, Trap> {
+        if self.hart.mode == Mode::Machine || self.hart.satp >> 60 == 0 {
+            return Ok(va);
+        }
+        self.translate_paged(va, Access::Fetch, self.hart.mode)
+    }
+
+    #[inline]
+    fn translate_paged(&mut self, va: u64, access: Access, mode: Mode) -> Result<u64, Trap> {
+        let vpn = va >> 12;
+        let entry = self.hart.tlb[vpn as usize % TLB_ENTRIES];
+        if entry.vpn == vpn && self.allows(u64::from(entry.permissions), access, mode) {
+            return Ok(entry.ppn << 12 | va & 0xfff);
+        }
+        self.walk(va, access, mode)
+    }
+
+    #[inline(always)]
+    fn allows(&self, bits: u64, access: Access, mode: Mode) -> bool {
+        let readable = if self.hart.mstatus & status::MXR != 0 { pte::R | pte::X } else { pte::R };
+        let right = match access {
+            Access::Fetch => pte::X,
+            Access::Load => readable,
+            Access::Store => pte::W,
+        };
+        let user_page = bits & pte::U != 0;
+        let owner = match mode {
+            Mode::User => user_page,
+            _ if access == Access::Fetch => !user_page,
+            _ => !user_page || self.hart.mstatus & status::SUM != 0,
+        };
+        bits & right != 0 && owner
+    }
+
+    /// Walks the page table, sets A and D as hardware does, and fills the TLB.
+    #[cold]
+    fn walk(&mut self, va: u64, access: Access, mode: Mode) -> Result<u64, Trap> {
+        let fault = access.page_fault(va);
+        if (va as i64) << 25 >> 25 != va as i64 {
+            return Err(fault);
+        }
+        let mut table = (self.hart.satp & 0xfff_ffff_ffff) << 12;
+        for level in (0..3u32).rev() {
+            let index = va >> (12 + 9 * level) & 511;
+            let at = table.wrapping_add(index * 8).wrapping_sub(RAM_BASE);
+            let entry = self.ram.load::<8>(at).ok_or(access.access_fault(va))?;
+            let is_pointer = entry & (pte::R | pte::W | pte::X) == 0;
+            let bad = entry & pte::V == 0
+                || entry & (pte::R | pte::W) == pte::W
+                || entry & pte::RESERVED != 0;
+            if bad {
+                return Err(fault);
+            }
+            let ppn = entry >> 10 & 0xfff_ffff_ffff;
+            if is_pointer {
+                if entry & (pte::U | pte::A | pte::D) != 0 {
+                    return Err(fault);
+                }
+                table = ppn << 12;
+                continue;
+            }
+            let low = (1u64 << (9 * level)) - 1;
+            if ppn & low != 0 || !self.allows(entry, access, mode) {
+                return Err(fault);
+            }
+            let mut updated = entry | pte::A;
+            if access == Access::Store {
+                updated |= pte::D;
+            }
+            if updated != entry {
+                self.ram.store::<8>(at, updated).ok_or(access.access_fault(va))?;
+                self.attention |= self.ram.has_stale_code();
+            }
+            let vpn = va >> 12;
+            let ppn = ppn | vpn & low;
+            let mut permissions = (updated & (pte::R | pte::X | pte::U)) as u8;
+            if updated & pte::D != 0 {
+                permissions |= (updated & pte::W) as u8;
+            }
+            self.hart.tlb[vpn as usize % TLB_ENTRIES] = TlbEntry { vpn, ppn, permissions };
+            return Ok(ppn << 12 | va & 0xfff);
+        }
+        Err(fault)
+    }
+
+    /// Loads `N` bytes, zero-extended.
+    #[inline(always)]
+    pub(super) fn load<const N: usize>(
+        &mut self,
+        va: u64,
+        outside: &mut dyn Outside,
+    ) -> Result<u64, Trap> {
+        if va as usize & (N - 1) != 0 && (va as usize & 0xfff) + N > 4096 {
+            return self.load_across(va, N);
+        }
+        let pa = self.translate(va, Access::Load)?;
+        match self.ram.load::<N>(pa.wrapping_sub(RAM_BASE)) {
+            Some(value) => Ok(value),
+            None => self.load_device(va, pa, N, outside),
+        }
+    }
+
+    /// Stores `N` bytes.
+    #[inline(always)]
+    pub(super) fn store<const N: usize>(
+        &mut self,
+        va: u64,
+        value: u64,
+        outside: &mut dyn Outside,
+    ) -> Result<(), Trap> {
+        if va as usize & (N - 1) != 0 && (va as usize & 0xfff) + N > 4096 {
+            return self.store_across(va, value, N);
+        }
+        let pa = self.translate(va, Access::Store)?;
+        match self.ram.store::<N>(pa.wrapping_sub(RAM_BASE), value) {
+            Some(()) => {
+                if self.ram.has_stale_code() {
+                    self.attention = true;
+                }
+                Ok(())
+            }
+            None => self.store_device(va, pa, N, value, outside),
+        }
+    }
+
+    /// A load that crosses a page: both pages are translated before a byte moves.
+    #[cold]
+    fn load_across(&mut self, va: u64, len: usize) -> Result<u64, Trap> {
+        let pieces = self.across(va, len, Access::Load)?;
+        let mut value = 0;
+        for (i, pa) in pieces.into_iter().take(len).enumerate() {
+            let byte = self.ram.load::<1>(pa.wrapping_sub(RAM_BASE));
+            value |= byte.ok_or(Access::Load.access_fault(va))? << (8 * i);
+        }
+        Ok(value)
+    }
+
+    #[cold]
+    fn store_across(&mut self, va: u64, value: u64, len: usize) -> Result<(), Trap> {
+        let pieces = self.across(va, len, Access::Store)?;
+        let fault = Access::Store.access_fault(va);
+        let end = self.ram.len() as u64;
+        if pieces.iter().take(len).any(|pa| pa.wrapping_sub(RAM_BASE) >= end) {
+            return Err(fault);
+        }
+        for (i, pa) in pieces.into_iter().take(len).enumerate() {
+            self.ram.store::<1>(pa.wrapping_sub(RAM_BASE), value >> (8 * i)).ok_or(fault)?;
+        }
+        self.attention |= self.ram.has_stale_code();
+        Ok(())
+    }
+
+    fn across(&mut self, va: u64, len: usize, access: Access) -> Result<[u64; 8], Trap> {
+        let mut pieces = [0; 8];
+        for (i, piece) in pieces.iter_mut().enumerate().take(len) {
+            *piece = self.translate(va.wrapping_add(i as u64), access)?;
+        }
+        Ok(pieces)
+    }
+
+    /// The physical page that `pc` is fetched from. The last one is state, since
+    /// it holds even where the TLB has since forgotten it.
+    pub(super) fn fetch_ppn(&mut self, pc: u64) -> Result<u64, Trap> {
+        let vpn = pc >> 12;
+        if let Some((page, ppn)) = self.hart.fetch_page
+            && page == vpn
+        {
+            return Ok(ppn);
+        }
+        let ppn = self.translate_fetch(pc)? >> 12;
+        self.hart.fetch_page = Some((vpn, ppn));
+        Ok(ppn)
+    }
+
+    /// The instruction bits at `pc`; the upper half may lie on the next page.
+    pub(super) fn fetch_bits(&mut self, pc: u64) -> Result<u32, Trap> {
+        let fault = Access::Fetch.access_fault(pc);
+        let pa = self.fetch_ppn(pc)? << 12 | pc & 0xfff;
+        let low = self.ram.load::<2>(pa.wrapping_sub(RAM_BASE)).ok_or(fault)? as u32;
+        if low & 3 != 3 {
+            return Ok(low);
+        }
+        let upper = pc.wrapping_add(2);
+        let pa = if upper & 0xfff == 0 { self.translate_fetch(upper)? } else { pa + 2 };
+        let fault = Access::Fetch.access_fault(upper);
+        let high = self.ram.load::<2>(pa.wrapping_sub(RAM_BASE)).ok_or(fault)? as u32;
+        Ok(low | high << 16)
+    }
+}

@@ -1,0 +1,300 @@
+//! The built-in machine: one RV64IMAC hart on QEMU `virt`'s memory map.
+//!
+//! [`Machine::run`] executes guest code up to an icount and never past it. All
+//! that comes from outside the instruction stream goes through [`Outside`] or
+//! arrives between runs. Nothing here reads a clock, a file or a thread.
+
+mod clint;
+mod code;
+mod csr;
+pub mod decode;
+mod devices;
+pub mod disasm;
+mod disk;
+mod execute;
+pub mod fdt;
+pub mod hart;
+pub mod loader;
+mod memory;
+mod plic;
+pub mod ram;
+mod rtc;
+mod uart;
+mod virtio_block;
+
+pub use disk::Disk;
+
+use crate::timer::Timers;
+use clint::Clint;
+use code::CodeCache;
+use hart::Hart;
+use heddle_proto::ClockKind;
+use plic::Plic;
+use ram::Ram;
+use rtc::Rtc;
+use serde::{Deserialize, Serialize};
+use uart::Uart;
+use virtio_block::VirtioBlock;
+
+/// Where RAM begins.
+pub const RAM_BASE: u64 = 0x8000_0000;
+
+/// What the machine asks of the world in the middle of a run.
+pub trait Outside {
+    /// The value of a recorded clock, read by the instruction at `icount`.
+    fn read_clock(&mut self, clock: ClockKind, icount: u64, hart: &Hart) -> i64;
+    /// Whether the run must end after this instruction.
+    fn must_stop(&self) -> bool;
+}
+
+/// Why a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// The icount asked for is reached.
+    Budget,
+    /// The hart waits in WFI.
+    Idle,
+    /// Something the caller bounds runs by has changed: a deadline, a bottom half.
+    Work,
+    /// The guest switched the machine off.
+    Shutdown,
+    /// [`Outside::must_stop`].
+    Stopped,
+}
+
+/// The clock that guests see: `icount << shift`, plus the warp bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VirtualClock {
+    /// Nanoseconds an instruction, as a power of two.
+    pub shift: u32,
+    /// Idle time added so far.
+    pub bias: i64,
+}
+
+impl VirtualClock {
+    /// Nanoseconds at `icount`.
+    pub fn now(&self, icount: u64) -> i64 {
+        ((icount << self.shift) as i64).wrapping_add(self.bias)
+    }
+
+    /// The first icount at which the clock shows at least `ns`; rounds up, as QEMU does.
+    pub fn icount_at(&self, ns: i64) -> u64 {
+        let ns = ns.saturating_sub(self.bias).max(0) as u64;
+        ns.div_ceil(1 << self.shift)
+    }
+}
+
+/// Deferred work of a device: look at disk `disk`'s queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BottomHalf {
+    /// Counts up from zero.
+    pub id: u64,
+    /// The disk's slot.
+    pub disk: usize,
+}
+
+/// A disk and its controller.
+#[derive(Clone, Debug)]
+pub(crate) struct Drive {
+    pub(crate) controller: VirtioBlock,
+    pub(crate) disk: Disk,
+}
+
+/// The machine.
+pub struct Machine {
+    pub(crate) hart: Hart,
+    pub(crate) ram: Ram,
+    pub(crate) clint: Clint,
+    pub(crate) plic: Plic,
+    pub(crate) uart: Uart,
+    pub(crate) rtc: Rtc,
+    pub(crate) drives: Vec<Drive>,
+    pub(crate) timers: Timers,
+    pub(crate) clock: VirtualClock,
+    pub(crate) bottom_halves: Vec<BottomHalf>,
+    pub(crate) next_bottom_half: u64,
+    pub(crate) next_request: u64,
+    /// Instructions executed.
+    pub(crate) icount: u64,
+    pub(crate) shutdown: Option<u16>,
+    /// Requests put in flight since they were last taken; not state.
+    pub(crate) submitted: Vec<u64>,
+    /// Console bytes sent since they were last taken; not state.
+    pub(crate) console: Vec<u8>,
+    code: CodeCache,
+    /// Look up before the next instruction: interrupts, or a reason to leave.
+    attention: bool,
+    /// A reason for the caller to look, see [`Exit::Work`].
+    work: bool,
+    /// Data accesses are translated, with this mode's rights.
+    data_paging: Option<hart::Mode>,
+}
+
+impl Machine {
+    /// A machine at power-on: `ram` loaded, the hart about to execute at `pc`.
+    pub fn new(ram: Ram, hart: Hart, shift: u32, disks: Vec<Disk>) -> Machine {
+        let pages = ram.len() / ram::PAGE;
+        let mut machine = Machine {
+            hart,
+            ram,
+            clint: Clint::new(),
+            plic: Plic::new(),
+            uart: Uart::new(),
+            rtc: Rtc::default(),
+            drives: disks
+                .into_iter()
+                .map(|disk| Drive { controller: VirtioBlock::default(), disk })
+                .collect(),
+            timers: Timers::default(),
+            clock: VirtualClock { shift, bias: 0 },
+            bottom_halves: vec![],
+            next_bottom_half: 0,
+            next_request: 0,
+            icount: 0,
+            shutdown: None,
+            submitted: vec![],
+            console: vec![],
+            code: CodeCache::new(pages),
+            attention: true,
+            work: false,
+            data_paging: None,
+        };
+        machine.update_paging();
+        machine
+    }
+
+    /// Instructions executed so far.
+    pub fn icount(&self) -> u64 {
+        self.icount
+    }
+
+    /// The hart.
+    pub fn hart(&self) -> &Hart {
+        &self.hart
+    }
+
+    /// The hart, to plant a fault in.
+    pub fn hart_mut(&mut self) -> &mut Hart {
+        &mut self.hart
+    }
+
+    /// State was put in from outside: what is derived from it is made anew.
+    pub(crate) fn refresh(&mut self) {
+        self.code = CodeCache::new(self.ram.len() / ram::PAGE);
+        self.update_paging();
+    }
+
+    /// Guest RAM.
+    pub fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    /// The virtual clock now, in nanoseconds.
+    pub fn virtual_now(&self) -> i64 {
+        self.clock.now(self.icount)
+    }
+
+    /// The guest's exit code, once it has switched the machine off.
+    pub fn shutdown(&self) -> Option<u16> {
+        self.shutdown
+    }
+
+    /// Whether the hart waits in WFI with nothing to wake it.
+    pub fn is_idle(&self) -> bool {
+        self.hart.is_idle && !self.hart.has_wakeup()
+    }
+
+    /// Whether a block request or a bottom half is outstanding.
+    pub fn has_outstanding(&self) -> bool {
+        !self.bottom_halves.is_empty()
+            || self.drives.iter().any(|drive| !drive.controller.in_flight.is_empty())
+    }
+
+    /// Executes until `until` instructions have been executed in all, or a reason to leave.
+    ///
+    /// A pending kick is taken first, by [`Machine::take_kick`].
+    pub fn run(&mut self, until: u64, outside: &mut dyn Outside) -> Exit {
+        assert!(!self.hart.kick_pending, "account_warp_timer takes kicks before guest code runs");
+        if self.icount >= until {
+            return Exit::Budget;
+        }
+        self.attention = true;
+        loop {
+            if self.attention
+                && let Some(exit) = self.attend(outside)
+            {
+                return exit;
+            }
+            if self.icount >= until {
+                return Exit::Budget;
+            }
+            if let Err(trap) = self.step(outside) {
+                self.hart.enter_trap(trap.cause, trap.tval);
+                self.update_paging();
+            }
+            self.icount += 1;
+        }
+    }
+
+    /// Wakes or takes an interrupt, or says why to leave the run.
+    #[cold]
+    fn attend(&mut self, outside: &mut dyn Outside) -> Option<Exit> {
+        self.attention = false;
+        if self.ram.has_stale_code() {
+            self.code.forget(self.ram.take_stale_code());
+        }
+        if outside.must_stop() {
+            return Some(Exit::Stopped);
+        }
+        if self.shutdown.is_some() {
+            return Some(Exit::Shutdown);
+        }
+        if std::mem::take(&mut self.work) {
+            return Some(Exit::Work);
+        }
+        if self.hart.is_idle {
+            if !self.hart.has_wakeup() {
+                return Some(Exit::Idle);
+            }
+            self.hart.is_idle = false;
+        }
+        if let Some(cause) = self.hart.pending_interrupt() {
+            self.hart.enter_trap(1 << 63 | cause, 0);
+            self.update_paging();
+        }
+        None
+    }
+
+    /// If the iothread kicked the hart out of its run, the hart now looks at its
+    /// lines; a reservation does not survive that.
+    pub fn take_kick(&mut self) {
+        if !std::mem::take(&mut self.hart.kick_pending) {
+            return;
+        }
+        self.hart.kicks += 1;
+        self.hart.reservation = None;
+        self.hart.lines = self.device_lines();
+    }
+
+    /// The instruction at `pc`, if its page is mapped.
+    pub fn instruction_at(&mut self, pc: u64) -> String {
+        let saved = (self.hart.tlb.clone(), self.hart.fetch_page);
+        let text = match self.fetch_bits(pc) {
+            Ok(bits) => disasm::disassemble(&decode::decode(bits), pc),
+            Err(_) => "(not mapped)".into(),
+        };
+        // Looking must change nothing that the guest can see.
+        (self.hart.tlb, self.hart.fetch_page) = saved;
+        text
+    }
+
+    /// Console bytes sent since the last call.
+    pub fn take_console(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.console)
+    }
+
+    /// Requests put in flight since the last call.
+    pub fn take_submitted(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.submitted)
+    }
+}

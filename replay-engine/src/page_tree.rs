@@ -1,0 +1,150 @@
+//! A Merkle tree over pages: only dirty parts are rehashed, and its nodes are
+//! the blocks of a snapshot.
+//!
+//! A page of zeros, and a node over such pages only, has the hash [`Hash::ZERO`]
+//! and no block. A node's block is the hashes of its (at most 128) children.
+
+use heddle_proto::Hash;
+use std::collections::BTreeSet;
+
+/// Children of a node: 128 hashes are one 4 KiB block.
+pub const FANOUT: usize = 128;
+
+/// Hashes of pages, and of nodes over them, bottom-up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageTree {
+    levels: Vec<Vec<Hash>>,
+    /// Pages changed since the last [`PageTree::take_changed`].
+    changed: BTreeSet<u32>,
+}
+
+/// Asked for blocks by hash; every answer is checked against it.
+pub trait BlockSource {
+    /// The blocks, in the order asked. An error says which could not be had.
+    fn blocks(&mut self, hashes: &[Hash]) -> Result<Vec<Vec<u8>>, String>;
+}
+
+/// The hash of a page's bytes.
+pub fn page_hash(bytes: &[u8]) -> Hash {
+    if bytes.iter().all(|byte| *byte == 0) { Hash::ZERO } else { Hash::of(bytes) }
+}
+
+impl PageTree {
+    /// A tree over `pages` pages of zeros.
+    pub fn new(pages: usize) -> PageTree {
+        let mut levels = vec![vec![Hash::ZERO; pages.max(1)]];
+        while levels[levels.len() - 1].len() > 1 {
+            let above = levels[levels.len() - 1].len().div_ceil(FANOUT);
+            levels.push(vec![Hash::ZERO; above]);
+        }
+        PageTree { levels, changed: BTreeSet::new() }
+    }
+
+    /// The root hash.
+    pub fn root(&self) -> Hash {
+        self.levels[self.levels.len() - 1][0]
+    }
+
+    /// The hash of a page.
+    pub fn page(&self, page: u32) -> Hash {
+        self.levels[0][page as usize]
+    }
+
+    /// Takes new hashes for some pages and rehashes the nodes above them.
+    pub fn update(&mut self, pages: impl IntoIterator<Item = (u32, Hash)>) {
+        let mut dirty = BTreeSet::new();
+        for (page, hash) in pages {
+            if self.levels[0][page as usize] != hash {
+                self.levels[0][page as usize] = hash;
+                self.changed.insert(page);
+                dirty.insert(page as usize / FANOUT);
+            }
+        }
+        for level in 1..self.levels.len() {
+            for node in &dirty {
+                self.levels[level][*node] = Hash::of_children(self.children(level, *node));
+            }
+            dirty = dirty.into_iter().map(|node| node / FANOUT).collect();
+        }
+    }
+
+    fn children(&self, level: usize, node: usize) -> &[Hash] {
+        let below = &self.levels[level - 1];
+        &below[node * FANOUT..below.len().min((node + 1) * FANOUT)]
+    }
+
+    /// Pages changed since the last call, and the blocks of all nodes above them.
+    pub fn take_changed(&mut self) -> (Vec<u32>, Vec<(Hash, Vec<u8>)>) {
+        let pages: Vec<u32> = std::mem::take(&mut self.changed).into_iter().collect();
+        let mut nodes: BTreeSet<usize> = pages.iter().map(|page| *page as usize / FANOUT).collect();
+        let mut blocks = vec![];
+        for level in 1..self.levels.len() {
+            for node in &nodes {
+                let hash = self.levels[level][*node];
+                if hash != Hash::ZERO {
+                    blocks.push((hash, concat(self.children(level, *node))));
+                }
+            }
+            nodes = nodes.into_iter().map(|node| node / FANOUT).collect();
+        }
+        (pages, blocks)
+    }
+
+    /// Rebuilds the tree with this root, and gives every page that is not zeros.
+    pub fn restore(
+        pages: usize,
+        root: Hash,
+        source: &mut dyn BlockSource,
+        mut page: impl FnMut(u32, &[u8]) -> Result<(), String>,
+    ) -> Result<PageTree, String> {
+        let mut tree = PageTree::new(pages);
+        let top = tree.levels.len() - 1;
+        tree.levels[top][0] = root;
+        for level in (1..=top).rev() {
+            let wanted: Vec<usize> = (0..tree.levels[level].len())
+                .filter(|node| tree.levels[level][*node] != Hash::ZERO)
+                .collect();
+            for batch in wanted.chunks(FANOUT) {
+                let hashes: Vec<Hash> = batch.iter().map(|node| tree.levels[level][*node]).collect();
+                for (node, bytes) in batch.iter().zip(source.blocks(&hashes)?) {
+                    let from = node * FANOUT;
+                    let len = tree.children(level, *node).len();
+                    if bytes.len() != len * 32 {
+                        return Err(format!("a tree node has {} bytes, not {}", bytes.len(), len * 32));
+                    }
+                    for (i, hash) in bytes.chunks_exact(32).enumerate() {
+                        tree.levels[level - 1][from + i] =
+                            Hash(hash.try_into().expect("chunks of 32 bytes"));
+                    }
+                }
+            }
+        }
+        let wanted: Vec<u32> =
+            (0..pages as u32).filter(|page| tree.page(*page) != Hash::ZERO).collect();
+        for batch in wanted.chunks(FANOUT) {
+            let hashes: Vec<Hash> = batch.iter().map(|page| tree.page(*page)).collect();
+            for (index, bytes) in batch.iter().zip(source.blocks(&hashes)?) {
+                page(*index, &bytes)?;
+            }
+        }
+        Ok(tree)
+    }
+}
+
+fn concat(hashes: &[Hash]) -> Vec<u8> {
+    hashes.iter().flat_map(|hash| hash.0).collect()
+}
+
+/// Hashing of a node's children.
+trait OfChildren {
+    fn of_children(children: &[Hash]) -> Hash;
+}
+
+impl OfChildren for Hash {
+    fn of_children(children: &[Hash]) -> Hash {
+        if children.iter().all(|child| *child == Hash::ZERO) {
+            return Hash::ZERO;
+        }
+        Hash::of(&concat(children))
+    }
+}

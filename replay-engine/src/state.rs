@@ -1,0 +1,319 @@
+//! The whole state as a tree: RAM, overlays, and a named leaf for each device.
+//! Its root is the digest; its blocks are a snapshot.
+
+use crate::checks::Checks;
+use crate::machine::hart::Hart;
+use crate::machine::ram::PAGE;
+use crate::machine::{BottomHalf, Machine, VirtualClock};
+use crate::page_tree::{BlockSource, PageTree, page_hash};
+use crate::warp::Warp;
+use heddle_proto::{Hash, Position};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+/// Which state a digest covers: all that this machine has.
+pub const COVERAGE: &str =
+    "ram, disk overlays, hart (registers, csrs, tlb, reservation), clint, plic, uart, rtc, \
+     virtio queues and requests in flight, timers, bottom halves, clock, warp";
+/// Version of [`SnapshotRoot`]; another one is refused by its number.
+const SNAPSHOT_VERSION: u32 = 1;
+
+/// Page trees kept up to date from digest to digest.
+#[derive(Clone, Debug)]
+pub struct StateTree {
+    ram: PageTree,
+    disks: Vec<PageTree>,
+}
+
+/// A snapshot: its root block's hash, and the blocks that are new since the last one.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// Where it stands.
+    pub position: Position,
+    /// Digest of the state.
+    pub digest: Hash,
+    /// Hash of the root block.
+    pub root: Hash,
+    /// New blocks, the root block last.
+    pub blocks: Vec<(Hash, Vec<u8>)>,
+}
+
+/// The root block: where, the page trees' roots, and the leaves themselves.
+#[derive(Serialize, Deserialize)]
+struct SnapshotRoot {
+    version: u32,
+    position: Position,
+    checks: Checks,
+    digest: Hash,
+    ram_pages: u64,
+    ram: Hash,
+    disks: Vec<(u64, Hash)>,
+    leaves: Vec<(String, Vec<u8>)>,
+}
+
+/// What an emulator has beside its machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rest {
+    /// The warp's state.
+    pub warp: Warp,
+    /// The machine has passed its first checkpoint.
+    pub is_started: bool,
+}
+
+/// Scalars of the machine that belong to no device.
+#[derive(Serialize, Deserialize)]
+struct Scalars {
+    icount: u64,
+    shutdown: Option<u16>,
+    bottom_halves: Vec<BottomHalf>,
+    next_bottom_half: u64,
+    next_request: u64,
+}
+
+impl StateTree {
+    /// The tree of `machine`, all of whose pages are looked at.
+    pub fn new(machine: &Machine) -> StateTree {
+        let pages = machine.ram.len() / PAGE;
+        let mut ram = PageTree::new(pages);
+        ram.update((0..pages as u32).map(|page| (page, page_hash(machine.ram.page(page)))));
+        let disks = machine.drives.iter().map(|d| PageTree::new(d.disk.blocks())).collect();
+        StateTree { ram, disks }
+    }
+
+    /// The digest of the state now. Only what was written since the last call is rehashed.
+    pub fn digest(&mut self, machine: &mut Machine, rest: &Rest) -> Hash {
+        self.update(machine);
+        self.root(&leaves(machine, rest))
+    }
+
+    fn update(&mut self, machine: &mut Machine) {
+        let dirty = machine.ram.take_dirty();
+        self.ram.update(dirty.iter().map(|page| (*page, page_hash(machine.ram.page(*page)))));
+        for (tree, drive) in self.disks.iter_mut().zip(&mut machine.drives) {
+            let dirty = drive.disk.take_dirty();
+            let hash = |block| drive.disk.overlay_block(block).map_or(Hash::ZERO, Hash::of);
+            tree.update(dirty.into_iter().map(|block| (block, hash(block))));
+        }
+    }
+
+    fn root(&self, leaves: &[(String, Vec<u8>)]) -> Hash {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.ram.root().0);
+        self.disks.iter().for_each(|disk| {
+            hasher.update(&disk.root().0);
+        });
+        for (name, bytes) in leaves {
+            hasher.update(&(name.len() as u32).to_le_bytes());
+            hasher.update(name.as_bytes());
+            hasher.update(&Hash::of(bytes).0);
+        }
+        Hash(*hasher.finalize().as_bytes())
+    }
+
+    /// A snapshot of the state now. Changes nothing that the guest can see.
+    pub fn snapshot(
+        &mut self,
+        machine: &mut Machine,
+        rest: &Rest,
+        checks: Checks,
+        event: u64,
+    ) -> Snapshot {
+        self.update(machine);
+        let leaves = leaves(machine, rest);
+        let digest = self.root(&leaves);
+        let position = Position { icount: machine.icount, event };
+        let mut blocks = vec![];
+        let (pages, nodes) = self.ram.take_changed();
+        for page in pages.into_iter().filter(|page| self.ram.page(*page) != Hash::ZERO) {
+            blocks.push((self.ram.page(page), machine.ram.page(page).to_vec()));
+        }
+        blocks.extend(nodes);
+        for (tree, drive) in self.disks.iter_mut().zip(&machine.drives) {
+            let (pages, nodes) = tree.take_changed();
+            for page in pages {
+                let bytes = drive.disk.overlay_block(page).expect("a changed block is there");
+                blocks.push((tree.page(page), bytes.to_vec()));
+            }
+            blocks.extend(nodes);
+        }
+        let root = SnapshotRoot {
+            version: SNAPSHOT_VERSION,
+            position,
+            checks,
+            digest,
+            ram_pages: (machine.ram.len() / PAGE) as u64,
+            ram: self.ram.root(),
+            disks: machine
+                .drives
+                .iter()
+                .zip(&self.disks)
+                .map(|(drive, tree)| (drive.disk.blocks() as u64, tree.root()))
+                .collect(),
+            leaves,
+        };
+        let bytes = encode(&root);
+        let root = Hash::of(&bytes);
+        blocks.push((root, bytes));
+        Snapshot { position, digest, root, blocks }
+    }
+
+    /// Puts a snapshot's state into `machine`, which must be of the same manifest.
+    pub fn restore(
+        machine: &mut Machine,
+        root: Hash,
+        source: &mut dyn BlockSource,
+    ) -> Result<Restored, String> {
+        let bytes = source.blocks(&[root])?.pop().ok_or("the block source gave nothing")?;
+        let version: u32 = postcard::take_from_bytes(&bytes).map_err(|e| e.to_string())?.0;
+        if version != SNAPSHOT_VERSION {
+            return Err(format!("snapshot has version {version}; this build reads {SNAPSHOT_VERSION}"));
+        }
+        let snapshot: SnapshotRoot = decode("snapshot root", &bytes)?;
+        let disks_agree = snapshot.disks.len() == machine.drives.len()
+            && snapshot.disks.iter().zip(&machine.drives).all(|((n, _), d)| *n == d.disk.blocks() as u64);
+        if snapshot.ram_pages != (machine.ram.len() / PAGE) as u64 || !disks_agree {
+            return Err("snapshot is of a machine with other RAM or disks than the manifest's".into());
+        }
+        machine.ram = crate::machine::ram::Ram::new(machine.ram.len());
+        let ram = PageTree::restore(snapshot.ram_pages as usize, snapshot.ram, source, |page, bytes| {
+            let at = u64::from(page) * PAGE as u64;
+            let whole = bytes.len() == PAGE;
+            whole.then(|| machine.ram.write(at, bytes)).flatten().ok_or("a page has another size".into())
+        })?;
+        machine.ram.take_dirty();
+        let mut disks = vec![];
+        for ((blocks, root), drive) in snapshot.disks.iter().zip(&mut machine.drives) {
+            disks.push(PageTree::restore(*blocks as usize, *root, source, |block, bytes| {
+                let bytes = bytes.try_into().map_err(|_| "an overlay block has another size")?;
+                drive.disk.restore_block(block, bytes);
+                Ok(())
+            })?);
+        }
+        let rest = put_leaves(machine, &snapshot.leaves)?;
+        machine.refresh();
+        let tree = StateTree { ram, disks };
+        if tree.root(&leaves(machine, &rest)) != snapshot.digest {
+            return Err("the restored state does not have the snapshot's digest".into());
+        }
+        Ok(Restored { tree, rest, checks: snapshot.checks, position: snapshot.position, digest: snapshot.digest })
+    }
+
+    /// Names the parts that differ between two states: pages and leaves.
+    pub fn differences(
+        &self,
+        other: &StateTree,
+        machines: [&Machine; 2],
+        rests: [&Rest; 2],
+    ) -> Vec<String> {
+        let mut out = vec![];
+        let pages = |a: &PageTree, b: &PageTree, count: usize| -> Vec<u32> {
+            (0..count as u32).filter(|page| a.page(*page) != b.page(*page)).collect()
+        };
+        for page in pages(&self.ram, &other.ram, machines[0].ram.len() / PAGE) {
+            out.push(format!("page {:#x}", crate::machine::RAM_BASE + u64::from(page) * PAGE as u64));
+        }
+        for (i, (a, b)) in self.disks.iter().zip(&other.disks).enumerate() {
+            for block in pages(a, b, machines[0].drives[i].disk.blocks()) {
+                out.push(format!("disk {i} block {block}"));
+            }
+        }
+        let (a, b) = (leaves(machines[0], rests[0]), leaves(machines[1], rests[1]));
+        for ((name, a), (_, b)) in a.iter().zip(&b) {
+            if a != b && name != "hart" {
+                out.push(format!("device {name}"));
+            }
+        }
+        out
+    }
+}
+
+/// What [`StateTree::restore`] gives beside the machine.
+pub struct Restored {
+    /// The page trees.
+    pub tree: StateTree,
+    /// The emulator's own state.
+    pub rest: Rest,
+    /// The chain of checks.
+    pub checks: Checks,
+    /// Where.
+    pub position: Position,
+    /// The state's digest.
+    pub digest: Hash,
+}
+
+fn encode<T: Serialize>(value: &T) -> Vec<u8> {
+    postcard::to_stdvec(value).expect("plain data encodes to memory")
+}
+
+fn decode<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T, String> {
+    postcard::from_bytes(bytes).map_err(|error| format!("{what} does not decode: {error}"))
+}
+
+/// The named leaves: every device and every scalar.
+fn leaves(machine: &Machine, rest: &Rest) -> Vec<(String, Vec<u8>)> {
+    let scalars = Scalars {
+        icount: machine.icount,
+        shutdown: machine.shutdown,
+        bottom_halves: machine.bottom_halves.clone(),
+        next_bottom_half: machine.next_bottom_half,
+        next_request: machine.next_request,
+    };
+    // The sink of writes to x0 is no state: it is zero in every leaf.
+    let mut hart = machine.hart.clone();
+    hart.x.truncate(32);
+    let mut leaves = vec![
+        ("hart".into(), encode(&hart)),
+        ("clint".into(), encode(&machine.clint)),
+        ("plic".into(), encode(&machine.plic)),
+        ("uart".into(), encode(&machine.uart)),
+        ("rtc".into(), encode(&machine.rtc)),
+        ("clock".into(), encode(&machine.clock)),
+        ("timers".into(), encode(&machine.timers)),
+        ("machine".into(), encode(&scalars)),
+        ("rest".into(), encode(rest)),
+    ];
+    for (i, drive) in machine.drives.iter().enumerate() {
+        leaves.push((format!("virtio-block-{i}"), encode(&drive.controller)));
+    }
+    leaves
+}
+
+fn put_leaves(machine: &mut Machine, leaves: &[(String, Vec<u8>)]) -> Result<Rest, String> {
+    let mut rest = None;
+    for (name, bytes) in leaves {
+        match name.as_str() {
+            "hart" => {
+                let mut hart: Hart = decode(name, bytes)?;
+                hart.x.resize(crate::machine::hart::REGISTERS, 0);
+                if hart.tlb.len() != crate::machine::hart::TLB_ENTRIES {
+                    return Err("snapshot's TLB has another size".into());
+                }
+                machine.hart = hart;
+            }
+            "clint" => machine.clint = decode(name, bytes)?,
+            "plic" => machine.plic = decode(name, bytes)?,
+            "uart" => machine.uart = decode(name, bytes)?,
+            "rtc" => machine.rtc = decode(name, bytes)?,
+            "clock" => {
+                let clock: VirtualClock = decode(name, bytes)?;
+                machine.clock = clock;
+            }
+            "timers" => machine.timers = decode(name, bytes)?,
+            "machine" => {
+                let scalars: Scalars = decode(name, bytes)?;
+                machine.icount = scalars.icount;
+                machine.shutdown = scalars.shutdown;
+                machine.bottom_halves = scalars.bottom_halves;
+                machine.next_bottom_half = scalars.next_bottom_half;
+                machine.next_request = scalars.next_request;
+            }
+            "rest" => rest = Some(decode(name, bytes)?),
+            _ => {
+                let slot = name.strip_prefix("virtio-block-").and_then(|n| n.parse::<usize>().ok());
+                let drive = slot.and_then(|slot| machine.drives.get_mut(slot));
+                let drive = drive.ok_or_else(|| format!("snapshot has an unknown leaf {name}"))?;
+                drive.controller = decode(name, bytes)?;
+            }
+        }
+    }
+    rest.ok_or_else(|| "snapshot lacks the leaf rest".into())
+}
