@@ -44,3 +44,11 @@ pub fn spec() -> MachineSpec {
         drives: vec![image("loom.disk", &disk())],
     }
 }
+
+/// The machine at power-on with the guest cut short, for tests: so many rounds, each
+/// of so many compute passes (each about 150,000 instructions).
+pub fn short(rounds: u64, passes: u64) -> Result<crate::machine::Machine, crate::machine::loader::LoadError> {
+    let mut machine = crate::machine::loader::build(&spec(), &images())?;
+    machine.hart_mut().x[13] = rounds << 8 | passes;
+    Ok(machine)
+}
