@@ -1,1 +1,23 @@
-//! stub
+//! The log store: recordings' chunks and blocks, on a majority's disks before
+//! they are acknowledged.
+//!
+//! A write goes [`service`] > [`replica`] (Raft) > [`journal`] (fsynced, and the
+//! bytes' only home) > [`apply`] (rows) > [`catalog`] (sled, rebuildable). The
+//! store reads chunk headers only; what an event means it does not know.
+#![forbid(unsafe_code)]
+
+pub mod error;
+pub mod journal;
+pub mod raft_log;
+pub mod command;
+pub mod catalog;
+pub mod apply;
+pub mod replica;
+pub mod transport;
+pub mod service;
+pub mod server;
+pub mod client;
+pub mod channel;
+
+pub use client::{StoreClient, StoreError};
+pub use server::{Replica, ReplicaConfig};

@@ -1,0 +1,37 @@
+//! Connections: one way to reach any part, by TCP or by a Unix socket.
+
+use hyper_util::rt::TokioIo;
+use std::path::PathBuf;
+use std::time::Duration;
+use tonic::transport::{Channel, Endpoint, Error, Uri};
+use tower::service_fn;
+
+/// Largest gRPC message: a chunk or a batch of blocks, with room.
+pub const MESSAGE_BYTES_MAX: usize = 24 << 20;
+
+/// A lazily connected channel to `http://HOST:PORT` or `unix:/PATH`.
+///
+/// Keep-alive finds peers that have gone without a word, which a deadline alone does not.
+pub fn connect(address: &str) -> Result<Channel, Error> {
+    let tune = |endpoint: Endpoint| {
+        endpoint
+            .connect_timeout(Duration::from_secs(2))
+            .tcp_nodelay(true)
+            .initial_stream_window_size(8 << 20)
+            .initial_connection_window_size(16 << 20)
+            .http2_keep_alive_interval(Duration::from_secs(2))
+            .keep_alive_timeout(Duration::from_secs(4))
+            .keep_alive_while_idle(true)
+    };
+    match address.strip_prefix("unix:") {
+        None => Ok(tune(Endpoint::from_shared(address.to_string())?).connect_lazy()),
+        Some(path) => {
+            let path = PathBuf::from(path);
+            let endpoint = tune(Endpoint::from_static("http://unix.socket"));
+            Ok(endpoint.connect_with_connector_lazy(service_fn(move |_: Uri| {
+                let path = path.clone();
+                async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
+            })))
+        }
+    }
+}
