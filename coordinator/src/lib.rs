@@ -1,1 +1,16 @@
-//! stub
+//! The coordinator: cuts recordings into spans, leases them to nodes, gathers
+//! verdicts, hunts divergences, and cuts recordings whose recorder has died.
+//!
+//! [`plan`], [`scheduler`] and [`hunt`] are pure; [`service`] keeps their state in
+//! the store's meta rows, written before anything is answered. How a replay works
+//! this crate does not know.
+#![forbid(unsafe_code)]
+
+pub mod job;
+pub mod plan;
+pub mod scheduler;
+pub mod hunt;
+pub mod recorders;
+pub mod service;
+
+pub use service::{Coordinator, CoordinatorConfig};

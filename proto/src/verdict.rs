@@ -2,6 +2,7 @@
 
 use crate::{Hash, Position, Role};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// How a task or job ended, with what proves it.
@@ -21,6 +22,9 @@ pub struct Verdict {
     pub role_checked: u64,
     /// Of these, how many ran on the wrong role.
     pub role_mismatches: u64,
+    /// Checkpoints run, by kind and the role they ran on.
+    #[serde(default)]
+    pub checkpoints: BTreeMap<String, BTreeMap<String, u64>>,
     /// Digest of the state at the end.
     pub digest: Option<Hash>,
     /// Which state the digests covered.

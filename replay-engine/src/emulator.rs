@@ -228,6 +228,7 @@ impl Emulator {
             events: to.event - from.event,
             role_checked: replayer.role_checked,
             role_mismatches: replayer.role_mismatches,
+            checkpoints: replayer.checkpoints(),
             digest: Some(digest),
             coverage: COVERAGE.into(),
             proof: if from == Position::default() { Proof::Whole } else { Proof::Spans },

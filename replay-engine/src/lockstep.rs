@@ -10,6 +10,8 @@ use heddle_proto::verdict::{Finding, Masked};
 /// Instructions between two comparisons, coarse to fine; each pass begins anew
 /// at the start and goes straight to the last place where all was equal.
 const STRIDES: [u64; 3] = [1 << 20, 1 << 12, 1];
+/// Strides when registers are folded after every instruction.
+const TRACED_STRIDES: [u64; 2] = [1 << 16, 1];
 /// Once registers are equal again, whole states are compared at every instruction
 /// for so long, then at every so many: `to` is then the first look, not the first icount.
 const CLOSE_LOOK: u64 = 1024;
@@ -34,9 +36,21 @@ impl Pair {
         a && b
     }
 
+    /// Folds registers after every instruction from here on.
+    fn trace(&mut self) {
+        self.a.machine_mut().trace = Some(0);
+        self.b.machine_mut().trace = Some(0);
+    }
+
+    fn is_traced(&self) -> bool {
+        self.a.machine().trace.is_some()
+    }
+
     fn registers_equal(&self) -> bool {
-        let (a, b) = (self.a.machine().hart(), self.b.machine().hart());
-        a.x[..32] == b.x[..32] && a.pc == b.pc && a.mode == b.mode
+        let (a, b) = (self.a.machine(), self.b.machine());
+        let traces_equal = a.trace == b.trace;
+        let (a, b) = (a.hart(), b.hart());
+        traces_equal && a.x[..32] == b.x[..32] && a.pc == b.pc && a.mode == b.mode
     }
 
     fn is_equal(&mut self) -> bool {
@@ -76,11 +90,14 @@ pub fn first_difference(
 ) -> Result<(Option<Finding>, u64), String> {
     let mut replayed = 0;
     let mut equal_at = from;
-    let strides = if every_instruction { &STRIDES[2..] } else { &STRIDES[..] };
+    let strides = if every_instruction { &TRACED_STRIDES[..] } else { &STRIDES[..] };
     for stride in strides {
         let mut pair = make()?;
         let start = pair.icount();
         pair.advance(equal_at);
+        if every_instruction && *stride > 1 {
+            pair.trace();
+        }
         let found = scan(&mut pair, to, *stride, &mut equal_at, is_cancelled)?;
         replayed += 2 * (pair.icount() - start);
         match found {
@@ -113,13 +130,14 @@ fn scan(
     let mut steps = 0u64;
     while pair.icount() < to {
         steps += 1;
-        if steps % 4096 == 0 && is_cancelled() {
+        if (stride > 1 || steps % 4096 == 0) && is_cancelled() {
             return Err("cancelled".into());
         }
         let pc = pair.a.machine().hart().pc;
         let next = (*equal_at + stride).min(to);
         let both_ran = pair.advance(next);
-        let is_equal = if stride == 1 && both_ran { pair.registers_equal() } else { pair.is_equal() };
+        let registers_do = (stride == 1 || pair.is_traced()) && both_ran;
+        let is_equal = if registers_do { pair.registers_equal() } else { pair.is_equal() };
         if !is_equal {
             let instruction = if stride == 1 {
                 pair.a.machine_mut().instruction_at(pc)

@@ -6,7 +6,7 @@ use heddle_proto::verdict::Side;
 use heddle_proto::{
     Body, CheckpointKind, ClockKind, Divergence, DivergenceKind, Event, Position, Role,
 };
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 /// Where a replay's events come from, in order.
 pub trait EventSource: Send {
@@ -68,6 +68,8 @@ pub struct Replayer {
     pub role_checked: u64,
     /// Of these, how many ran on the wrong role.
     pub role_mismatches: u64,
+    /// Checkpoints run, by kind and role.
+    checkpoints: [[u64; 2]; CheckpointKind::ALL.len()],
 }
 
 impl Replayer {
@@ -84,6 +86,7 @@ impl Replayer {
             last_good: from,
             role_checked: 0,
             role_mismatches: 0,
+            checkpoints: Default::default(),
         }
     }
 
@@ -237,7 +240,25 @@ impl Replayer {
     /// Takes the checkpoint that [`Replayer::checkpoint`] gave the turn for.
     pub fn take_checkpoint(&mut self) -> Event {
         self.count_role();
-        self.take()
+        let event = self.take();
+        if let Body::Checkpoint(kind) = event.body {
+            self.checkpoints[kind as usize][role::current() as usize] += 1;
+        }
+        event
+    }
+
+    /// Checkpoints run, by kind and by the role they ran on.
+    pub fn checkpoints(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
+        let mut out: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
+        for kind in CheckpointKind::ALL {
+            for role in [Role::Vcpu, Role::Iothread] {
+                let count = self.checkpoints[kind as usize][role as usize];
+                if count > 0 {
+                    out.entry(format!("{kind:?}")).or_default().insert(role.to_string(), count);
+                }
+            }
+        }
+        out
     }
 
     fn count_role(&mut self) {

@@ -415,6 +415,7 @@ fn stuck(icount: u64) -> Result<Verdict, String> {
         events: 0,
         role_checked: 0,
         role_mismatches: 0,
+        checkpoints: Default::default(),
         digest: None,
         coverage: crate::state::COVERAGE.into(),
         proof: Proof::Whole,

@@ -121,6 +121,9 @@ pub struct Machine {
     pub(crate) submitted: Vec<u64>,
     /// Console bytes sent since they were last taken; not state.
     pub(crate) console: Vec<u8>,
+    /// Registers folded after every instruction, when somebody looks for a
+    /// difference that does not last; not state.
+    pub(crate) trace: Option<u64>,
     code: CodeCache,
     /// Look up before the next instruction: interrupts, or a reason to leave.
     attention: bool,
@@ -154,6 +157,7 @@ impl Machine {
             shutdown: None,
             submitted: vec![],
             console: vec![],
+            trace: None,
             code: CodeCache::new(pages),
             attention: true,
             work: false,
@@ -219,6 +223,13 @@ impl Machine {
             return Exit::Budget;
         }
         self.attention = true;
+        match self.trace {
+            None => self.run_loop::<false>(until, outside),
+            Some(_) => self.run_loop::<true>(until, outside),
+        }
+    }
+
+    fn run_loop<const TRACE: bool>(&mut self, until: u64, outside: &mut dyn Outside) -> Exit {
         loop {
             if self.attention
                 && let Some(exit) = self.attend(outside)
@@ -233,6 +244,9 @@ impl Machine {
                 self.update_paging();
             }
             self.icount += 1;
+            if TRACE && let Some(trace) = &mut self.trace {
+                *trace = (trace.rotate_left(1) ^ self.hart.quick_fold()).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            }
         }
     }
 

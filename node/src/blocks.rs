@@ -1,0 +1,166 @@
+//! Files and snapshots as blocks in the store.
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use heddle_proto::Hash;
+use heddle_proto::manifest::{Image, MachineSpec};
+use heddle_replay_engine::page_tree::BlockSource;
+use heddle_replay_engine::machine::loader::Images;
+use heddle_storage::StoreClient;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::runtime::Handle;
+
+/// Bytes of an image's block.
+const IMAGE_BLOCK_BYTES: usize = 64 << 10;
+/// Hashes in an image's index; a longer image has an index of indexes.
+const INDEX_HASHES: usize = 8192;
+/// Largest image: an index of indexes of blocks, more than any guest here needs.
+pub const IMAGE_BYTES_MAX: u64 = 4 << 30;
+/// Bytes of blocks a node keeps in memory; beyond it all are forgotten.
+const CACHE_BYTES_MAX: usize = 512 << 20;
+
+/// Stores a file; each hash is stored once, whatever file it comes from.
+pub async fn put_image(store: &StoreClient, name: &str, bytes: &Bytes) -> Result<Image> {
+    ensure!(
+        bytes.len() as u64 <= IMAGE_BYTES_MAX,
+        "{name} has {} bytes; at most {IMAGE_BYTES_MAX} can be stored",
+        bytes.len()
+    );
+    let blocks: Vec<(Hash, Bytes)> = (0..bytes.len())
+        .step_by(IMAGE_BLOCK_BYTES)
+        .map(|at| {
+            let block = bytes.slice(at..bytes.len().min(at + IMAGE_BLOCK_BYTES));
+            (Hash::of(&block), block)
+        })
+        .collect();
+    let indexes: Vec<(Hash, Bytes)> = blocks
+        .chunks(INDEX_HASHES)
+        .map(|part| {
+            let bytes = Bytes::from(part.iter().flat_map(|(hash, _)| hash.0).collect::<Vec<u8>>());
+            (Hash::of(&bytes), bytes)
+        })
+        .collect();
+    let top = Bytes::from(indexes.iter().flat_map(|(hash, _)| hash.0).collect::<Vec<u8>>());
+    let index = Hash::of(&top);
+    let mut all = blocks;
+    all.extend(indexes);
+    all.push((index, top));
+    store.put_blocks(all).await.with_context(|| format!("store {name}"))?;
+    Ok(Image { hash: Hash::of(bytes), bytes: bytes.len() as u64, index, name: name.into() })
+}
+
+fn hashes(bytes: &[u8]) -> Result<Vec<Hash>> {
+    ensure!(bytes.len() % 32 == 0, "an index block is not a list of hashes");
+    Ok(bytes.chunks_exact(32).map(|hash| Hash(hash.try_into().expect("chunks of 32"))).collect())
+}
+
+/// Blocks from the store, through a cache that a node's tasks share.
+#[derive(Clone)]
+pub struct BlockCache {
+    store: StoreClient,
+    cache: Arc<Mutex<Cache>>,
+    runtime: Handle,
+}
+
+#[derive(Default)]
+struct Cache {
+    blocks: HashMap<Hash, Bytes>,
+    images: HashMap<Hash, Arc<[u8]>>,
+    bytes: usize,
+}
+
+impl BlockCache {
+    /// An empty cache over `store`.
+    pub fn new(store: StoreClient) -> BlockCache {
+        BlockCache { store, cache: Arc::default(), runtime: Handle::current() }
+    }
+
+    /// Blocks by hash, in order.
+    pub async fn get(&self, wanted: &[Hash]) -> Result<Vec<Bytes>> {
+        let missing: Vec<Hash> = {
+            let cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+            wanted.iter().filter(|hash| !cache.blocks.contains_key(hash)).copied().collect()
+        };
+        let mut fetched: HashMap<Hash, Bytes> = HashMap::new();
+        if !missing.is_empty() {
+            let blocks = self.store.get_blocks(&missing).await?;
+            fetched.extend(missing.into_iter().zip(blocks));
+        }
+        // Forgotten between the look and the lock, by another task: ask the store again.
+        match self.take(wanted, fetched) {
+            Some(blocks) => Ok(blocks),
+            None => Ok(self.store.get_blocks(wanted).await?),
+        }
+    }
+
+    fn take(&self, wanted: &[Hash], fetched: HashMap<Hash, Bytes>) -> Option<Vec<Bytes>> {
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = wanted
+            .iter()
+            .map(|hash| fetched.get(hash).or_else(|| cache.blocks.get(hash)).cloned())
+            .collect();
+        if cache.bytes > CACHE_BYTES_MAX {
+            cache.blocks.clear();
+            cache.bytes = 0;
+        }
+        for (hash, bytes) in fetched {
+            cache.bytes += bytes.len();
+            cache.blocks.insert(hash, bytes);
+        }
+        found
+    }
+
+    /// A stored file, whole, checked against its hash.
+    pub async fn image(&self, image: &Image) -> Result<Arc<[u8]>> {
+        if let Some(bytes) = self.cache.lock().unwrap_or_else(PoisonError::into_inner).images.get(&image.hash) {
+            return Ok(bytes.clone());
+        }
+        ensure!(image.bytes <= IMAGE_BYTES_MAX, "{} is too large", image.name);
+        let top = self.get(&[image.index]).await.with_context(|| format!("fetch {}", image.name))?;
+        let mut bytes = Vec::with_capacity(image.bytes as usize);
+        for index in self.get(&hashes(&top[0])?).await? {
+            for part in hashes(&index)?.chunks(128) {
+                self.store.get_blocks(part).await?.iter().for_each(|block| bytes.extend_from_slice(block));
+            }
+        }
+        ensure!(
+            bytes.len() as u64 == image.bytes && Hash::of(&bytes) == image.hash,
+            "{} does not have the hash that the manifest names",
+            image.name
+        );
+        let bytes: Arc<[u8]> = Arc::from(bytes);
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        if cache.images.len() >= 64 {
+            cache.images.clear();
+        }
+        cache.images.insert(image.hash, bytes.clone());
+        Ok(bytes)
+    }
+
+    /// All files of a machine.
+    pub async fn images(&self, spec: &MachineSpec) -> Result<Images> {
+        let mut images = Images::default();
+        for (slot, image) in [
+            (&mut images.bios, &spec.bios),
+            (&mut images.kernel, &spec.kernel),
+            (&mut images.initrd, &spec.initrd),
+        ] {
+            if let Some(image) = image {
+                *slot = Some(self.image(image).await?);
+            }
+        }
+        for drive in &spec.drives {
+            images.drives.push(self.image(drive).await?);
+        }
+        Ok(images)
+    }
+}
+
+/// Called from a replay's own thread, never from the runtime's.
+impl BlockSource for BlockCache {
+    fn blocks(&mut self, hashes: &[Hash]) -> Result<Vec<Vec<u8>>, String> {
+        let blocks = self.runtime.block_on(self.get(hashes)).map_err(|error| format!("{error:#}"))?;
+        Ok(blocks.into_iter().map(|block| block.to_vec()).collect())
+    }
+}

@@ -1,0 +1,409 @@
+//! Recording a guest into the cluster, live.
+
+use crate::blocks::put_image;
+use crate::chunker::Chunker;
+use crate::outbox::{LeftBehind, Outbox, left_behind, read_left_behind};
+use crate::upload::Uploader;
+use anyhow::{Context, Result, anyhow, bail};
+use bytes::Bytes;
+use heddle_proto::manifest::{Image, MANIFEST_VERSION, MachineSpec, Manifest, Positions, Sleep};
+use heddle_proto::v1::coordinator_client::CoordinatorClient;
+use heddle_proto::{AsyncEvent, ChunkBuilder, Event, Hash, Position, RecordingId, v1};
+use heddle_replay_engine::io::{self, RecordSink};
+use heddle_replay_engine::machine::loader::{self, Images};
+use heddle_replay_engine::{AsyncQueue, BUILTIN, Emulator, Snapshot};
+use heddle_storage::{StoreClient, StoreError, channel};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::mpsc;
+
+/// Bytes of snapshots that may wait for the store; beyond it the guest pauses.
+const SNAPSHOT_BYTES_MAX: u64 = 256 << 20;
+/// How often the recorder tells the coordinator that it lives.
+const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
+
+/// A file to run, by the user's name for it.
+pub type NamedFile = (String, Bytes);
+
+/// What to record.
+pub struct RecordRequest {
+    /// The recording's name.
+    pub name: String,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Guest RAM.
+    pub memory_bytes: u64,
+    /// Nanoseconds an instruction, as a power of two.
+    pub shift: u32,
+    /// What idle time does.
+    pub sleep: Sleep,
+    /// Firmware.
+    pub bios: Option<NamedFile>,
+    /// Kernel, or a bare ELF.
+    pub kernel: Option<NamedFile>,
+    /// Initial RAM disk.
+    pub initrd: Option<NamedFile>,
+    /// Kernel command line.
+    pub append: String,
+    /// Disks.
+    pub drives: Vec<NamedFile>,
+    /// Where checks, digests and snapshots stand.
+    pub positions: Positions,
+    /// Where the outbox goes.
+    pub outbox_dir: PathBuf,
+    /// How large it may become.
+    pub outbox_bytes: u64,
+}
+
+/// What a recording says while it runs. All counters only grow, but `paused`.
+#[derive(Clone, Default)]
+pub struct Watermarks {
+    /// Events recorded.
+    pub recorded: Arc<AtomicU64>,
+    /// icount of the last event.
+    pub icount: Arc<AtomicU64>,
+    /// Events on a majority's disks.
+    pub committed: Arc<AtomicU64>,
+    /// The guest is paused, since the outbox is full.
+    pub paused: Arc<AtomicBool>,
+}
+
+/// How the guest's console is connected.
+pub struct Console {
+    /// What is typed.
+    pub input: mpsc::UnboundedReceiver<Vec<u8>>,
+    /// Takes what is printed.
+    pub output: Box<dyn FnMut(&[u8]) + Send>,
+    /// A switch-off from outside: Ctrl-C.
+    pub stop: mpsc::UnboundedReceiver<u16>,
+}
+
+/// A finished recording.
+#[derive(Clone, Debug)]
+pub struct Recorded {
+    /// Its id.
+    pub id: RecordingId,
+    /// Where it ended.
+    pub end: Position,
+    /// Digest of the last state.
+    pub digest: Hash,
+    /// The guest's exit code.
+    pub exit_code: u16,
+}
+
+/// Records a guest and seals the recording. `started` is told the id as soon as the
+/// recording is open.
+pub async fn record(
+    store: &StoreClient,
+    coordinator: Option<String>,
+    request: RecordRequest,
+    console: Console,
+    watermarks: Watermarks,
+    started: impl FnOnce(RecordingId),
+) -> Result<Recorded> {
+    let (manifest, images) = prepare(store, &request).await?;
+    let machine = loader::build(&manifest.machine, &images)?;
+    drop(images);
+    let token: [u8; 16] = rand::random();
+    let opened = store.open(manifest.id, &token, &manifest.encode(), false).await.context("open the recording")?;
+    let id = manifest.id;
+    started(id);
+
+    let outbox = Outbox::create(&request.outbox_dir, id, token, request.outbox_bytes)?;
+    let chunker = Chunker::new(ChunkBuilder::new(id), outbox);
+    let (snapshot_sender, snapshots) = mpsc::unbounded_channel();
+    let waiting_bytes = Arc::new(AtomicU64::new(0));
+    let sink = Sink {
+        chunker: chunker.clone(),
+        snapshots: snapshot_sender,
+        waiting_bytes: waiting_bytes.clone(),
+        output: console.output,
+        watermarks: watermarks.clone(),
+    };
+    let queue = AsyncQueue::default();
+    let uploader = Uploader {
+        store: store.clone(),
+        recording: id,
+        epoch: opened.epoch,
+        chunker: chunker.clone(),
+        committed: watermarks.committed.clone(),
+    };
+    let kick: Arc<Mutex<Option<io::Kick>>> = Arc::default();
+    let uploads = tokio::spawn(async move { uploader.run().await });
+    let snapshot_uploads = tokio::spawn(upload_snapshots(store.clone(), id, opened.epoch, snapshots, waiting_bytes));
+    let typing = tokio::spawn(type_input(console.input, console.stop, queue.clone(), kick.clone()));
+    let life = coordinator.map(|address| {
+        tokio::spawn(show_life(address, id, opened.epoch, queue.clone(), kick.clone()))
+    });
+    let _tasks = AbortOnDrop(vec![typing.abort_handle(), uploads.abort_handle(), snapshot_uploads.abort_handle()]
+        .into_iter()
+        .chain(life.as_ref().map(tokio::task::JoinHandle::abort_handle))
+        .collect());
+
+    let emulator = Emulator::record(machine, request.positions, request.sleep, queue.clone());
+    let kick_slot = kick.clone();
+    let guest_queue = queue.clone();
+    let mut guest = tokio::task::spawn_blocking(move || {
+        io::record(emulator, guest_queue, Box::new(sink), |kick| {
+            *kick_slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(kick);
+        })
+    });
+    let mut uploads = uploads;
+    let recording = tokio::select! {
+        done = &mut guest => done?.map_err(|error| anyhow!(error))?,
+        failed = &mut uploads => {
+            // No use in going on: nobody will take the events any more.
+            queue.request_shutdown(1);
+            wake(&kick);
+            chunker.with_outbox(|outbox| outbox.path().to_path_buf());
+            let error = failed.unwrap_or_else(|e| StoreError::Unavailable(e.to_string()));
+            bail!(refused(error, &chunker));
+        }
+    };
+    // Dropping the sink ends the snapshots' channel.
+    let (end, digest, exit_code) = (recording.position, recording.digest, recording.exit_code);
+    drop(recording.sink);
+    chunker.flush(true);
+    let drained = async {
+        while !chunker.with_outbox(|outbox| outbox.is_empty()).unwrap_or(true) {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    tokio::select! {
+        () = drained => {}
+        failed = &mut uploads => {
+            bail!(refused(failed.unwrap_or_else(|e| StoreError::Unavailable(e.to_string())), &chunker));
+        }
+    }
+    snapshot_uploads.await.context("upload snapshots")??;
+    let row = store.get(id).await?;
+    store.seal(id, opened.epoch, end.event, Hash::from_slice(&row.last_chunk)?, false).await.context("seal the recording")?;
+    if let Some(outbox) = chunker.take_outbox() {
+        outbox.remove()?;
+    }
+    Ok(Recorded { id, end, digest, exit_code })
+}
+
+struct AbortOnDrop(Vec<tokio::task::AbortHandle>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.iter().for_each(tokio::task::AbortHandle::abort);
+    }
+}
+
+fn refused(error: StoreError, chunker: &Chunker) -> String {
+    let kept = chunker.with_outbox(|outbox| outbox.path().display().to_string()).unwrap_or_default();
+    format!("the store takes no more of this recording ({error}); what it did not take is kept in {kept}")
+}
+
+async fn prepare(store: &StoreClient, request: &RecordRequest) -> Result<(Manifest, Images)> {
+    async fn put(store: &StoreClient, file: &Option<NamedFile>) -> Result<(Option<Image>, Option<Arc<[u8]>>)> {
+        match file {
+            None => Ok((None, None)),
+            Some((name, bytes)) => {
+                Ok((Some(put_image(store, name, bytes).await?), Some(Arc::from(&bytes[..]))))
+            }
+        }
+    }
+    let (bios, bios_bytes) = put(store, &request.bios).await?;
+    let (kernel, kernel_bytes) = put(store, &request.kernel).await?;
+    let (initrd, initrd_bytes) = put(store, &request.initrd).await?;
+    let mut drives = vec![];
+    let mut drive_bytes: Vec<Arc<[u8]>> = vec![];
+    for (name, bytes) in &request.drives {
+        drives.push(put_image(store, name, bytes).await?);
+        drive_bytes.push(Arc::from(&bytes[..]));
+    }
+    let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let manifest = Manifest {
+        version: MANIFEST_VERSION,
+        id: RecordingId(rand::random()),
+        name: request.name.clone(),
+        labels: request.labels.clone(),
+        created_unix_ms: created.as_millis() as u64,
+        build: BUILTIN.into(),
+        machine: MachineSpec {
+            memory_bytes: request.memory_bytes,
+            shift: request.shift,
+            sleep: request.sleep,
+            bios,
+            kernel,
+            initrd,
+            append: request.append.clone(),
+            drives,
+        },
+        positions: request.positions.clone(),
+    };
+    // The same checks as a reader's, before anything runs.
+    let manifest = Manifest::decode(&manifest.encode())?;
+    let images = Images { bios: bios_bytes, kernel: kernel_bytes, initrd: initrd_bytes, drives: drive_bytes };
+    Ok((manifest, images))
+}
+
+/// Where the emulator's threads put what they produce.
+struct Sink {
+    chunker: Chunker,
+    snapshots: mpsc::UnboundedSender<Snapshot>,
+    waiting_bytes: Arc<AtomicU64>,
+    output: Box<dyn FnMut(&[u8]) + Send>,
+    watermarks: Watermarks,
+}
+
+impl RecordSink for Sink {
+    fn events(&mut self, events: Vec<Event>) {
+        self.watermarks.recorded.fetch_add(events.len() as u64, Ordering::Relaxed);
+        if let Some(last) = events.last() {
+            self.watermarks.icount.store(last.icount, Ordering::Relaxed);
+        }
+        self.chunker.push(events);
+    }
+
+    fn snapshot(&mut self, snapshot: Snapshot) {
+        self.waiting_bytes.fetch_add(bytes_of(&snapshot), Ordering::Relaxed);
+        let _ = self.snapshots.send(snapshot);
+    }
+
+    fn console(&mut self, bytes: &[u8]) {
+        (self.output)(bytes);
+    }
+
+    fn is_full(&self) -> bool {
+        self.waiting_bytes.load(Ordering::Relaxed) > SNAPSHOT_BYTES_MAX
+            || self.chunker.with_outbox(|outbox| outbox.is_full()).unwrap_or(false)
+    }
+
+    fn paused(&mut self, is_paused: bool) {
+        self.watermarks.paused.store(is_paused, Ordering::Relaxed);
+    }
+}
+
+fn bytes_of(snapshot: &Snapshot) -> u64 {
+    snapshot.blocks.iter().map(|(_, bytes)| bytes.len() as u64).sum()
+}
+
+/// Stores snapshots in the order taken: a snapshot's blocks include none of earlier ones.
+async fn upload_snapshots(
+    store: StoreClient,
+    id: RecordingId,
+    epoch: u64,
+    mut snapshots: mpsc::UnboundedReceiver<Snapshot>,
+    waiting_bytes: Arc<AtomicU64>,
+) -> Result<()> {
+    while let Some(snapshot) = snapshots.recv().await {
+        let bytes = bytes_of(&snapshot);
+        let blocks: Vec<(Hash, Bytes)> =
+            snapshot.blocks.iter().map(|(hash, bytes)| (*hash, Bytes::copy_from_slice(bytes))).collect();
+        let row = v1::SnapshotRow {
+            icount: snapshot.position.icount,
+            event: snapshot.position.event,
+            root: snapshot.root.to_vec().into(),
+            digest: snapshot.digest.to_vec().into(),
+        };
+        loop {
+            let stored = async {
+                store.put_blocks(blocks.clone()).await?;
+                store.add_snapshot(id, epoch, row.clone()).await
+            };
+            match stored.await {
+                Ok(()) => break,
+                Err(StoreError::Unavailable(_)) => {}
+                Err(error) => return Err(error).context("store a snapshot"),
+            }
+        }
+        waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+fn wake(kick: &Mutex<Option<io::Kick>>) {
+    if let Some(kick) = &*kick.lock().unwrap_or_else(PoisonError::into_inner) {
+        kick.kick();
+    }
+}
+
+async fn type_input(
+    mut input: mpsc::UnboundedReceiver<Vec<u8>>,
+    mut stop: mpsc::UnboundedReceiver<u16>,
+    queue: AsyncQueue,
+    kick: Arc<Mutex<Option<io::Kick>>>,
+) {
+    loop {
+        tokio::select! {
+            Some(data) = input.recv() => queue.push(AsyncEvent::Char { data }),
+            Some(code) = stop.recv() => queue.request_shutdown(code),
+            else => return,
+        }
+        wake(&kick);
+    }
+}
+
+/// Tells the coordinator that this recorder lives, and stops the guest if it was fenced.
+async fn show_life(
+    address: String,
+    id: RecordingId,
+    epoch: u64,
+    queue: AsyncQueue,
+    kick: Arc<Mutex<Option<io::Kick>>>,
+) {
+    let Ok(channel) = channel::connect(&address) else { return };
+    let mut client = CoordinatorClient::new(channel);
+    loop {
+        let request = v1::RecordingRequest { recording: id.to_vec().into(), epoch, ended: false };
+        if let Ok(reply) = client.recording(request).await
+            && reply.into_inner().fenced
+        {
+            queue.request_shutdown(1);
+            wake(&kick);
+        }
+        tokio::time::sleep(SIGN_OF_LIFE).await;
+    }
+}
+
+/// Delivers outboxes that dead recorders left in `dir`, and seals what they recorded
+/// as cut. One that the store refuses is kept aside. What was done with each.
+pub async fn recover(store: &StoreClient, dir: &Path) -> Vec<String> {
+    let mut said = vec![];
+    for path in left_behind(dir) {
+        let done = async {
+            let LeftBehind { recording, token, chunks } = read_left_behind(&path)?;
+            deliver(store, recording, token, chunks).await.map(|events| (recording, events))
+        };
+        match done.await {
+            Ok((recording, events)) => {
+                let _ = std::fs::remove_file(&path);
+                said.push(format!("recording {} sealed as cut at event {events}: its recorder had died", recording.short()));
+            }
+            Err(error) => {
+                let aside = path.with_extension("outbox.refused");
+                let _ = std::fs::rename(&path, &aside);
+                said.push(format!("{} is kept: {error:#}", aside.display()));
+            }
+        }
+    }
+    said
+}
+
+async fn deliver(store: &StoreClient, id: RecordingId, token: [u8; 16], chunks: Vec<heddle_proto::Chunk>) -> Result<u64> {
+    let opened = store.open(id, &token, &[], true).await?;
+    let row = store.get(id).await?;
+    if row.state != "recording" {
+        bail!("the recording has ended without it");
+    }
+    let mut client = store.leader()?;
+    let requests: Vec<v1::AppendRequest> = chunks
+        .into_iter()
+        .filter(|chunk| chunk.header.end_event() > opened.committed_events)
+        .map(|chunk| v1::AppendRequest { recording: id.to_vec().into(), epoch: opened.epoch, chunk: chunk.bytes })
+        .collect();
+    if !requests.is_empty() {
+        let mut replies = client.append(tokio_stream::iter(requests)).await?.into_inner();
+        while replies.message().await?.is_some() {}
+    }
+    let row = store.get(id).await?;
+    store.seal(id, opened.epoch, row.committed_events, Hash::from_slice(&row.last_chunk)?, true).await?;
+    Ok(row.committed_events)
+}
