@@ -87,13 +87,13 @@ impl Replica {
     }
 
     /// Adds this replica's services to a server.
-    pub fn add_to(&self, router: Router) -> Router {
+    pub fn services(&self) -> impl FnOnce(Router) -> Router + Send + 'static + use<> {
         let store = LogStoreServer::new(self.service.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
         let transport = TransportService { cluster: self.cluster, me: self.id, replica: self.handle.clone() };
         let transport = RaftTransportServer::new(transport).max_decoding_message_size(MESSAGE_BYTES_MAX);
-        router.add_service(store).add_service(transport)
+        move |router| router.add_service(store).add_service(transport)
     }
 
     /// Ends when the replica has stopped, with the reason.

@@ -1,0 +1,336 @@
+//! The command line.
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Record whole-system emulators into a Raft-replicated log, and replay them bit for
+/// bit, in parallel, each checkpoint on the thread role that recorded it.
+#[derive(Parser, Debug)]
+#[command(name = "heddle", version, after_help = EXIT_CODES)]
+pub struct Args {
+    /// The cluster: a directory that `heddle up` wrote to, or the coordinator's URL.
+    /// Without it, an embedded one in your data directory.
+    #[arg(long, global = true, env = "HEDDLE_CLUSTER", value_name = "DIR|URL")]
+    pub cluster: Option<String>,
+    /// How to print.
+    #[arg(short, long, global = true, default_value = "table", value_name = "FORMAT")]
+    pub output: Format,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 ok, 1 unexpected, 2 usage, 3 diverged, 4 nothing selected, \
+5 corrupt, 6 incompatible build or version, 7 no quorum, 8 timeout";
+
+/// Output formats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Columns for people.
+    Table,
+    /// More columns.
+    Wide,
+    /// JSON.
+    Json,
+    /// YAML.
+    Yaml,
+    /// Names alone.
+    Name,
+}
+
+/// Commands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Show it all: a cluster, a recording, parallel replays, kills, a planted defect found.
+    Demo(Demo),
+    /// Run a whole cluster on this machine until Ctrl-C.
+    Up(Up),
+    /// Run one part of a cluster.
+    #[command(subcommand)]
+    Serve(Serve),
+    /// Record a guest.
+    #[command(subcommand)]
+    Record(Record),
+    /// List recordings, jobs, nodes or replicas.
+    Get(Get),
+    /// Say all about one recording, job, node or replica.
+    Describe(Describe),
+    /// Print a recording's events.
+    Events(Events),
+    /// Replay a recording and compare it with its log.
+    Replay(Replay),
+    /// Find the first divergence of a recording from its log, or of another build from it.
+    Hunt(Hunt),
+    /// Compare two recordings' logs, without a replay.
+    Diff(Diff),
+    /// Print a shell's completions.
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// `heddle demo`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct Demo {
+    /// Draws the planted defect's bit, register and icount.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Keep the cluster's data here.
+    #[arg(long, value_name = "DIR")]
+    pub keep: Option<PathBuf>,
+}
+
+/// `heddle up`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct Up {
+    /// Where the cluster's data lives, and what clients need is written.
+    #[arg(long, value_name = "DIR")]
+    pub data: PathBuf,
+    /// Replicas of the store.
+    #[arg(long, default_value_t = 3)]
+    pub replicas: u64,
+    /// Nodes.
+    #[arg(long, default_value_t = 2)]
+    pub nodes: u64,
+    /// Replays at once on each node.
+    #[arg(long, default_value_t = 1)]
+    pub slots: u32,
+    /// A lease without a sign of life lasts so long, in milliseconds.
+    #[arg(long, default_value_t = 5000)]
+    pub lease_ms: u64,
+}
+
+/// `heddle serve`.
+#[derive(Subcommand, Debug)]
+pub enum Serve {
+    /// A replica of the log store.
+    Storage {
+        /// This replica's id, from 1.
+        #[arg(long)]
+        id: u64,
+        /// The cluster's id.
+        #[arg(long, default_value_t = 1)]
+        cluster_id: u64,
+        /// Its directory.
+        #[arg(long)]
+        dir: PathBuf,
+        /// Where to listen.
+        #[arg(long)]
+        listen: std::net::SocketAddr,
+        /// All replicas, its own included: ID=URL.
+        #[arg(long = "peer", value_name = "ID=URL", required = true)]
+        peers: Vec<String>,
+        /// End when the parent process ends.
+        #[arg(long, hide = true)]
+        with_parent: bool,
+    },
+    /// The coordinator.
+    Coordinator {
+        /// Where to listen.
+        #[arg(long)]
+        listen: std::net::SocketAddr,
+        /// The store's replicas.
+        #[arg(long = "replica", value_name = "URL", required = true)]
+        replicas: Vec<String>,
+        /// A lease without a sign of life lasts so long, in milliseconds.
+        #[arg(long, default_value_t = 5000)]
+        lease_ms: u64,
+        /// End when the parent process ends.
+        #[arg(long, hide = true)]
+        with_parent: bool,
+    },
+    /// A node.
+    Node {
+        /// Its name.
+        #[arg(long)]
+        name: String,
+        /// Where to listen.
+        #[arg(long)]
+        listen: std::net::SocketAddr,
+        /// The store's replicas.
+        #[arg(long = "replica", value_name = "URL", required = true)]
+        replicas: Vec<String>,
+        /// The coordinator.
+        #[arg(long)]
+        coordinator: String,
+        /// Replays at once.
+        #[arg(long, default_value_t = 1)]
+        slots: u32,
+        /// Offer builds with a planted fault, for tests and demos alone.
+        #[arg(long)]
+        offer_planted: bool,
+        /// End when the parent process ends.
+        #[arg(long, hide = true)]
+        with_parent: bool,
+    },
+}
+
+/// `heddle record`.
+#[derive(Subcommand, Debug)]
+pub enum Record {
+    /// The built-in RISC-V machine. Without firmware and kernel, the bundled guest.
+    Builtin(Box<RecordBuiltin>),
+}
+
+/// `heddle record builtin`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct RecordBuiltin {
+    /// The recording's name.
+    #[arg(long)]
+    pub name: String,
+    /// Firmware: raw or ELF.
+    #[arg(long, value_name = "FILE")]
+    pub bios: Option<PathBuf>,
+    /// Kernel; without firmware, a bare-metal ELF.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk.
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    #[arg(long, default_value = "")]
+    pub append: String,
+    /// A disk; writes go to an overlay, the file is never touched. Up to 8.
+    #[arg(long = "drive", value_name = "FILE")]
+    pub drives: Vec<PathBuf>,
+    /// Guest RAM: 16M, 1G.
+    #[arg(long, default_value = "128M", value_parser = parse_bytes)]
+    pub memory: u64,
+    /// Nanoseconds an instruction, as a power of two.
+    #[arg(long, default_value_t = 3)]
+    pub shift: u32,
+    /// Whether idle time passes in real time or is jumped over.
+    #[arg(long, default_value = "on", value_parser = ["on", "off"])]
+    pub sleep: String,
+    /// A label, KEY=VALUE.
+    #[arg(long = "label", value_name = "K=V")]
+    pub labels: Vec<String>,
+    /// Instructions between snapshots, 0 for none; a multiple of 10,000,000.
+    #[arg(long, default_value_t = 50_000_000)]
+    pub snapshot_every: u64,
+    /// Where events wait for the store.
+    #[arg(long, value_name = "DIR")]
+    pub outbox: Option<PathBuf>,
+    /// How much may wait before the guest pauses.
+    #[arg(long, default_value = "256M", value_parser = parse_bytes)]
+    pub outbox_bytes: u64,
+    /// End the recording, with exit code 0, once the console has printed this.
+    #[arg(long, value_name = "TEXT")]
+    pub until: Option<String>,
+    /// Type a line only once the console has printed this, for each line.
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+}
+
+/// Kinds of things.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    /// Recordings.
+    #[value(alias = "recording")]
+    Recordings,
+    /// Jobs.
+    #[value(alias = "job")]
+    Jobs,
+    /// Nodes.
+    #[value(alias = "node")]
+    Nodes,
+    /// Replicas of the store.
+    #[value(alias = "replica")]
+    Replicas,
+}
+
+/// `heddle get`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct Get {
+    /// What.
+    pub kind: Kind,
+    /// Only this one.
+    pub name: Option<String>,
+    /// Only those with these labels: k=v,k2=v2.
+    #[arg(short = 'l', long, value_name = "SELECTOR")]
+    pub selector: Option<String>,
+    /// Print again whenever something has changed.
+    #[arg(long, short = 'w')]
+    pub watch: bool,
+}
+
+/// `heddle describe`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct Describe {
+    /// What.
+    pub kind: Kind,
+    /// Which.
+    pub name: String,
+}
+
+/// `heddle events`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct Events {
+    /// The recording.
+    pub recording: String,
+    /// Only this kind: clock-host, block, clock-warp-start, ...
+    #[arg(long)]
+    pub kind: Option<String>,
+    /// Only this role.
+    #[arg(long, value_parser = ["vcpu", "iothread"])]
+    pub role: Option<String>,
+    /// From this icount.
+    #[arg(long, default_value_t = 0)]
+    pub from: u64,
+    /// To this icount.
+    #[arg(long, default_value_t = u64::MAX, hide_default_value = true)]
+    pub to: u64,
+}
+
+/// `heddle replay`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct Replay {
+    /// The recording.
+    pub recording: String,
+    /// Cut it into so many spans.
+    #[arg(long, default_value_t = 1)]
+    pub spans: u32,
+    /// Replay with this build instead of the recorded one.
+    #[arg(long, value_name = "BUILD")]
+    pub against: Option<String>,
+    /// Print the guest's console; replays whole, in this process.
+    #[arg(long)]
+    pub console: bool,
+    /// Give up after so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<u64>,
+}
+
+/// `heddle hunt`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct Hunt {
+    /// The recording.
+    pub recording: String,
+    /// The build to compare; without it, the recorded one against its own log.
+    #[arg(long, value_name = "BUILD")]
+    pub against: Option<String>,
+    /// Give up after so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<u64>,
+}
+
+/// `heddle diff`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct Diff {
+    /// One recording.
+    pub a: String,
+    /// The other.
+    pub b: String,
+}
+
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.chars().last() {
+        Some('K' | 'k') => (&text[..text.len() - 1], 10),
+        Some('M' | 'm') => (&text[..text.len() - 1], 20),
+        Some('G' | 'g') => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a size like 64M or 1G"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is too large"))
+}

@@ -1,0 +1,73 @@
+//! The client commands.
+
+pub mod diff;
+pub mod events;
+pub mod get;
+pub mod hunt;
+pub mod record;
+pub mod recordings;
+pub mod replay;
+
+use crate::args::{Args, Command, Record, Up};
+use crate::cluster::Cluster;
+use crate::exit::OK;
+use crate::local::{LocalCluster, LocalConfig};
+use crate::{demo, serve};
+use anyhow::{Result, bail};
+use clap::CommandFactory;
+
+/// Runs the command; its exit code.
+pub async fn run(args: Args) -> Result<u8> {
+    let format = args.output;
+    match args.command {
+        Command::Demo(command) => return demo::run(command, format).await,
+        Command::Up(command) => return up(command).await,
+        Command::Serve(command) => return serve::run(command).await.map(|()| OK),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Args::command(), "heddle", &mut std::io::stdout());
+            return Ok(OK);
+        }
+        _ => {}
+    }
+    let cluster = Cluster::open(args.cluster.as_deref()).await?;
+    let done = match args.command {
+        Command::Record(Record::Builtin(command)) => record::run(&cluster, *command, format).await,
+        Command::Get(command) => get::run(&cluster, command, format).await,
+        Command::Describe(command) => get::describe(&cluster, command, format).await,
+        Command::Events(command) => events::run(&cluster, command, format).await,
+        Command::Replay(command) => replay::run(&cluster, command, format).await,
+        Command::Hunt(command) => hunt::run(&cluster, command, format).await,
+        Command::Diff(command) => diff::run(&cluster, command, format).await,
+        Command::Demo(_) | Command::Up(_) | Command::Serve(_) | Command::Completions { .. } => Ok(OK),
+    };
+    cluster.close();
+    done
+}
+
+/// `heddle up`: a cluster until Ctrl-C.
+async fn up(command: Up) -> Result<u8> {
+    let mut cluster = LocalCluster::start(LocalConfig {
+        dir: command.data.clone(),
+        replicas: command.replicas,
+        nodes: command.nodes,
+        slots: command.slots,
+        lease_ms: command.lease_ms,
+        offers_planted: false,
+    })
+    .await?;
+    println!("{}", serde_json::to_string_pretty(&cluster.file())?);
+    eprintln!("the cluster is up: heddle --cluster {} ...", command.data.display());
+    loop {
+        tokio::select! {
+            () = serve::asked_to_stop() => break,
+            () = tokio::time::sleep(std::time::Duration::from_millis(500)) => {
+                if let Some(ended) = cluster.ended() {
+                    cluster.stop().await;
+                    bail!(ended);
+                }
+            }
+        }
+    }
+    cluster.stop().await;
+    Ok(OK)
+}

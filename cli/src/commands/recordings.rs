@@ -1,0 +1,67 @@
+//! Finding recordings by name or id, and reading their logs.
+
+use crate::exit::{CORRUPT, INCOMPATIBLE, NOTHING, coded};
+use anyhow::Result;
+use heddle_proto::manifest::ManifestError;
+use heddle_proto::{Event, Manifest, RecordingId, v1};
+use heddle_storage::StoreClient;
+
+/// A recording as listed.
+pub struct Recording {
+    /// Its row.
+    pub row: v1::RecordingRow,
+    /// Its manifest.
+    pub manifest: Manifest,
+}
+
+impl Recording {
+    /// From its row.
+    pub fn of(row: v1::RecordingRow) -> Result<Recording> {
+        let manifest = Manifest::decode(&row.manifest).map_err(|error| {
+            let code = if matches!(error, ManifestError::Version(_)) { INCOMPATIBLE } else { CORRUPT };
+            coded(code, error.to_string())
+        })?;
+        Ok(Recording { row, manifest })
+    }
+
+    /// Its id.
+    pub fn id(&self) -> RecordingId {
+        self.manifest.id
+    }
+}
+
+/// All recordings, oldest first.
+pub async fn all(store: &StoreClient) -> Result<Vec<Recording>> {
+    let rows = store.list().await?;
+    let mut list = rows.into_iter().map(Recording::of).collect::<Result<Vec<_>>>()?;
+    list.sort_by_key(|recording| (recording.manifest.created_unix_ms, recording.id()));
+    Ok(list)
+}
+
+/// The newest recording of this name, or the one whose id begins with it.
+pub async fn find(store: &StoreClient, name: &str) -> Result<Recording> {
+    let list = all(store).await?;
+    let by_name = list.iter().rposition(|recording| recording.manifest.name == name);
+    let by_id = || {
+        let is_id = name.len() >= 4 && name.chars().all(|c| c.is_ascii_hexdigit());
+        list.iter().position(|recording| is_id && recording.id().to_string().starts_with(name))
+    };
+    let at = by_name.or_else(by_id);
+    at.and_then(|at| list.into_iter().nth(at))
+        .ok_or_else(|| coded(NOTHING, format!("no recording {name:?}; `heddle get recordings` lists them")))
+}
+
+/// All events of a recording, with the chain of chunks checked.
+pub async fn events(store: &StoreClient, id: RecordingId) -> Result<Vec<Event>> {
+    let chunks = store.read(id, 0, 0).await?;
+    let mut events = vec![];
+    let mut before = None;
+    for chunk in &chunks {
+        let at = chunk.header.first_event;
+        let damaged = |error| coded(CORRUPT, format!("chunk at event {at} of {id}: {error}"));
+        chunk.check_follows(before).map_err(damaged)?;
+        events.extend(chunk.events().map_err(damaged)?);
+        before = Some(&chunk.header);
+    }
+    Ok(events)
+}

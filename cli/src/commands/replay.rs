@@ -1,0 +1,221 @@
+//! `heddle replay`: a job on the cluster, or whole in this process for its console.
+
+use super::get::away;
+use super::recordings::{self, Recording};
+use crate::args::{Format, Replay};
+use crate::cluster::Cluster;
+use crate::exit::{DIVERGED, OK, TIMEOUT, UNEXPECTED, coded};
+use crate::output;
+use crate::progress::Progress;
+use anyhow::Result;
+use heddle_node::blocks::BlockCache;
+use heddle_node::replay::{Control, Span};
+use heddle_proto::verdict::TaskResult;
+use heddle_proto::{Outcome, Verdict, v1};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+/// Replays; exit 0 on match, 3 on divergence.
+pub async fn run(cluster: &Cluster, command: Replay, format: Format) -> Result<u8> {
+    let recording = recordings::find(&cluster.store, &command.recording).await?;
+    if command.console {
+        return with_console(cluster, &recording, &command, format).await;
+    }
+    let request = v1::SubmitRequest {
+        id: new_job_id("replay"),
+        kind: "replay".into(),
+        recording: recording.id().to_vec().into(),
+        spans: command.spans,
+        against: command.against.clone().unwrap_or_default(),
+    };
+    let began = Instant::now();
+    let job = run_job(cluster, request, command.timeout, format).await?;
+    let seconds = began.elapsed().as_secs_f64();
+    let value = summary(&job, seconds)?;
+    print(&value, &command.recording, format)?;
+    Ok(if job.outcome == "match" { OK } else { DIVERGED })
+}
+
+/// A job id that is made by its client, so that a retry is the same job.
+pub fn new_job_id(kind: &str) -> String {
+    format!("{kind}-{:010x}", rand::random::<u64>() >> 24)
+}
+
+/// Submits a job and waits for its end.
+pub async fn run_job(
+    cluster: &Cluster,
+    request: v1::SubmitRequest,
+    timeout: Option<u64>,
+    format: Format,
+) -> Result<v1::JobRow> {
+    let limit = Duration::from_secs(timeout.unwrap_or(u64::from(u32::MAX)));
+    let id = request.id.clone();
+    match tokio::time::timeout(limit, wait_job(cluster, request, format)).await {
+        Ok(done) => done,
+        Err(_) => Err(coded(TIMEOUT, format!("job {id} has not ended in {} s; it goes on", limit.as_secs()))),
+    }
+}
+
+async fn wait_job(cluster: &Cluster, request: v1::SubmitRequest, format: Format) -> Result<v1::JobRow> {
+    let mut coordinator = cluster.coordinator.clone();
+    let patience = Instant::now() + Duration::from_secs(30);
+    // A coordinator that is being replaced is waited for; the job's id makes that safe.
+    loop {
+        match coordinator.submit(request.clone()).await {
+            Ok(_) => break,
+            Err(status) if status.code() == tonic::Code::Unavailable && Instant::now() < patience => {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            Err(status) => return Err(away(status)),
+        }
+    }
+    let mut progress = Progress::new(&request.kind, 0);
+    let mut patience = Instant::now() + Duration::from_secs(60);
+    loop {
+        if let Ok(stream) = coordinator.watch(v1::WatchRequest { id: request.id.clone() }).await {
+            let mut rows = stream.into_inner();
+            while let Ok(Some(row)) = rows.message().await {
+                patience = Instant::now() + Duration::from_secs(60);
+                let done = row.tasks.iter().filter(|t| t.state == "done").count();
+                if format == Format::Table || format == Format::Wide {
+                    progress.at(done as u64, &format!("{}: {done} of {} spans", row.phase, row.tasks.len()));
+                }
+                if row.state == "failed" {
+                    let why: Value = serde_json::from_slice(&row.result).unwrap_or_default();
+                    return Err(coded(UNEXPECTED, format!("job {}: {}", row.id, why["error"].as_str().unwrap_or("failed"))));
+                }
+                if row.state != "running" {
+                    return Ok(row);
+                }
+            }
+        }
+        if Instant::now() > patience {
+            return Err(coded(crate::exit::NO_QUORUM, "the coordinator has gone; the job is kept"));
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+fn verdict_of(task: &v1::TaskRow) -> Option<Verdict> {
+    match serde_json::from_slice(&task.verdict).ok()? {
+        TaskResult::Replay(verdict) => Some(verdict),
+        TaskResult::Lockstep { .. } => None,
+    }
+}
+
+/// A task, for people and programs.
+pub fn task_value(task: &v1::TaskRow) -> Value {
+    let verdict = verdict_of(task);
+    json!({
+        "from": task.from_icount,
+        "to": task.to_icount,
+        "node": task.node,
+        "attempt": task.attempt,
+        "state": task.state,
+        "verdict": verdict.as_ref().map(outcome_name),
+        "divergence": verdict.as_ref().and_then(|v| v.divergence().cloned()),
+        "role_checked": verdict.as_ref().map(|v| v.role_checked),
+        "role_mismatches": verdict.as_ref().map(|v| v.role_mismatches),
+        "digest": verdict.as_ref().and_then(|v| v.digest),
+        "seconds": task.elapsed_us as f64 / 1e6,
+    })
+}
+
+fn outcome_name(verdict: &Verdict) -> &'static str {
+    match verdict.outcome {
+        Outcome::Match => "match",
+        Outcome::Diverged(_) => "diverged",
+    }
+}
+
+/// What a replay job came to, in one shape.
+pub fn summary(job: &v1::JobRow, seconds: f64) -> Result<Value> {
+    let verdicts: Vec<Verdict> = job.tasks.iter().filter_map(verdict_of).collect();
+    let sum = |field: fn(&Verdict) -> u64| verdicts.iter().map(field).sum::<u64>();
+    let mut checkpoints: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
+    for (kind, roles) in verdicts.iter().flat_map(|verdict| &verdict.checkpoints) {
+        for (role, count) in roles {
+            *checkpoints.entry(kind.clone()).or_default().entry(role.clone()).or_default() += count;
+        }
+    }
+    let divergence = verdicts.iter().find_map(|verdict| verdict.divergence());
+    Ok(json!({
+        "verdict": job.outcome,
+        "divergence": divergence,
+        "instructions": sum(|v| v.instructions),
+        "events": sum(|v| v.events),
+        "role_checked": sum(|v| v.role_checked),
+        "role_mismatches": sum(|v| v.role_mismatches),
+        "checkpoints": checkpoints,
+        "digest": verdicts.last().and_then(|v| v.digest),
+        "coverage": verdicts.first().map(|v| v.coverage.clone()),
+        "proof": if verdicts.len() == 1 { "whole" } else { "spans" },
+        "seconds": seconds,
+        "job": job.id,
+        "spans": job.tasks.iter().map(task_value).collect::<Vec<_>>(),
+    }))
+}
+
+fn print(value: &Value, name: &str, format: Format) -> Result<()> {
+    match format {
+        Format::Json | Format::Yaml => output::value(format, value),
+        Format::Name => output::line(value["verdict"].as_str().unwrap_or_default().into()),
+        Format::Table | Format::Wide => {
+            let number = |key: &str| output::grouped(value[key].as_u64().unwrap_or(0));
+            let mut text = format!(
+                "{name}: {}  {} instructions, {} events, {} roles checked, {} mismatches, {:.2} s",
+                value["verdict"].as_str().unwrap_or_default(),
+                number("instructions"),
+                number("events"),
+                number("role_checked"),
+                number("role_mismatches"),
+                value["seconds"].as_f64().unwrap_or(0.0),
+            );
+            if let Ok(divergence) = serde_json::from_value::<heddle_proto::Divergence>(value["divergence"].clone()) {
+                text.push_str(&format!(
+                    "\n DIVERGED, {}, at {}\n   expected  {}\n   found     {}\n   pc        {:#x}\n   last good {}",
+                    divergence.kind, divergence.position, divergence.expected, divergence.found, divergence.pc, divergence.last_good
+                ));
+            }
+            output::line(text)
+        }
+    }
+}
+
+/// Replays whole in this process and prints the console.
+async fn with_console(cluster: &Cluster, recording: &Recording, command: &Replay, format: Format) -> Result<u8> {
+    let began = Instant::now();
+    let build = command.against.as_deref().unwrap_or(&recording.manifest.build).parse()
+        .map_err(|error: heddle_replay_engine::builds::UnknownBuild| anyhow::Error::new(error))?;
+    let blocks = BlockCache::new(cluster.store.clone());
+    let span = Span::fetch(&cluster.store, &blocks, recording.id(), v1::SpanBounds::default()).await?;
+    let control = Control { stall_after: command.timeout.map(Duration::from_secs), ..Control::default() };
+    let replayed = heddle_node::replay::replay(span, build, control).await?;
+    std::io::stdout().lock().write_all(&replayed.console)?;
+    let TaskResult::Replay(verdict) = &replayed.result else { return Ok(UNEXPECTED) };
+    let row = v1::JobRow {
+        outcome: outcome_name(verdict).into(),
+        tasks: vec![v1::TaskRow {
+            to_icount: verdict.to.icount,
+            state: "done".into(),
+            node: "this process".into(),
+            attempt: 1,
+            verdict: serde_json::to_vec(&replayed.result)?.into(),
+            elapsed_us: began.elapsed().as_micros() as u64,
+            ..Default::default()
+        }],
+        ..Default::default()
+    };
+    let value = summary(&row, began.elapsed().as_secs_f64())?;
+    match format {
+        // The console has standard output; the verdict must not be mixed into it.
+        Format::Table | Format::Wide | Format::Name => eprintln!(
+            "{}: {}", command.recording,
+            verdict.divergence().map_or_else(|| "match".to_string(), ToString::to_string)
+        ),
+        Format::Json | Format::Yaml => output::value(format, &value)?,
+    }
+    Ok(if verdict.is_match() { OK } else { DIVERGED })
+}

@@ -1,0 +1,68 @@
+//! Exit codes: what a script can tell apart.
+
+use heddle_storage::StoreError;
+
+/// All went well.
+pub const OK: u8 = 0;
+/// Something unexpected.
+pub const UNEXPECTED: u8 = 1;
+/// The command line is wrong (clap exits with this itself).
+pub const USAGE: u8 = 2;
+/// A replay or comparison diverged.
+pub const DIVERGED: u8 = 3;
+/// Nothing matches the name or selector.
+pub const NOTHING: u8 = 4;
+/// Stored bytes are damaged.
+pub const CORRUPT: u8 = 5;
+/// Another build or version is needed.
+pub const INCOMPATIBLE: u8 = 6;
+/// No majority, or no coordinator, answers.
+pub const NO_QUORUM: u8 = 7;
+/// Not done in time.
+pub const TIMEOUT: u8 = 8;
+
+/// An error with a code of its own.
+#[derive(Debug, thiserror::Error)]
+#[error("{text}")]
+pub struct Coded {
+    /// The exit code.
+    pub code: u8,
+    /// What went wrong.
+    pub text: String,
+}
+
+/// An error that ends with `code`.
+pub fn coded(code: u8, text: impl Into<String>) -> anyhow::Error {
+    anyhow::Error::new(Coded { code, text: text.into() })
+}
+
+/// The exit code of an error, from the first cause that has one.
+pub fn code_of(error: &anyhow::Error) -> u8 {
+    for cause in error.chain() {
+        if let Some(coded) = cause.downcast_ref::<Coded>() {
+            return coded.code;
+        }
+        if let Some(store) = cause.downcast_ref::<StoreError>() {
+            return match store {
+                StoreError::NotFound(_) => NOTHING,
+                StoreError::Corrupt(_) => CORRUPT,
+                StoreError::Unavailable(_) => NO_QUORUM,
+                _ => UNEXPECTED,
+            };
+        }
+        if let Some(status) = cause.downcast_ref::<tonic::Status>() {
+            return match status.code() {
+                tonic::Code::NotFound => NOTHING,
+                tonic::Code::DataLoss => CORRUPT,
+                tonic::Code::Unavailable => NO_QUORUM,
+                tonic::Code::DeadlineExceeded => TIMEOUT,
+                tonic::Code::InvalidArgument => USAGE,
+                _ => UNEXPECTED,
+            };
+        }
+        if cause.is::<heddle_replay_engine::builds::UnknownBuild>() {
+            return INCOMPATIBLE;
+        }
+    }
+    UNEXPECTED
+}

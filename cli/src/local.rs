@@ -1,0 +1,169 @@
+//! A cluster of real processes on this machine, for `up`, `demo` and tests.
+
+use crate::cluster::{ClusterFile, FILE, wait_ready};
+use anyhow::{Context, Result};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+use tokio::net::TcpSocket;
+use tokio::process::{Child, Command};
+
+/// How a cluster on this machine is made up.
+#[derive(Clone, Debug)]
+pub struct LocalConfig {
+    /// Where its data lives.
+    pub dir: PathBuf,
+    /// Replicas of the store.
+    pub replicas: u64,
+    /// Nodes.
+    pub nodes: u64,
+    /// Slots of each.
+    pub slots: u32,
+    /// Leases.
+    pub lease_ms: u64,
+    /// Nodes offer builds with a planted fault.
+    pub offers_planted: bool,
+}
+
+/// A port that stays ours: bound, never listened on, so that a dead part refuses
+/// connections and nobody else gets its port.
+struct Reserved {
+    address: SocketAddr,
+    _socket: TcpSocket,
+}
+
+impl Reserved {
+    fn new() -> Result<Reserved> {
+        let socket = TcpSocket::new_v4()?;
+        socket.set_reuseaddr(true)?;
+        socket.set_reuseport(true)?;
+        socket.bind("127.0.0.1:0".parse()?)?;
+        Ok(Reserved { address: socket.local_addr()?, _socket: socket })
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+}
+
+/// The processes. All end when this is dropped, and with this process, however it ends.
+pub struct LocalCluster {
+    config: LocalConfig,
+    replicas: Vec<Reserved>,
+    coordinator: Reserved,
+    nodes: Vec<Reserved>,
+    children: BTreeMap<String, Child>,
+}
+
+impl LocalCluster {
+    /// Starts all parts and waits until they are ready.
+    pub async fn start(config: LocalConfig) -> Result<LocalCluster> {
+        std::fs::create_dir_all(&config.dir).with_context(|| format!("create {}", config.dir.display()))?;
+        let reserve = |count: u64| (0..count).map(|_| Reserved::new()).collect::<Result<Vec<_>>>();
+        let mut cluster = LocalCluster {
+            replicas: reserve(config.replicas)?,
+            coordinator: Reserved::new()?,
+            nodes: reserve(config.nodes)?,
+            children: BTreeMap::new(),
+            config,
+        };
+        for id in 1..=cluster.config.replicas {
+            cluster.start_part(&format!("replica-{id}"))?;
+        }
+        cluster.start_part("coordinator")?;
+        for id in 1..=cluster.config.nodes {
+            cluster.start_part(&format!("node-{id}"))?;
+        }
+        wait_ready(&cluster.file(), cluster.config.nodes as usize, Duration::from_secs(60)).await?;
+        let path = cluster.config.dir.join(FILE);
+        let json = serde_json::to_vec_pretty(&cluster.file())?;
+        std::fs::write(&path, json).with_context(|| format!("write {}", path.display()))?;
+        Ok(cluster)
+    }
+
+    /// What clients need.
+    pub fn file(&self) -> ClusterFile {
+        ClusterFile {
+            replicas: self.replicas.iter().map(Reserved::url).collect(),
+            coordinator: self.coordinator.url(),
+        }
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.config.dir
+    }
+
+    /// Starts `replica-N`, `coordinator` or `node-N`.
+    pub fn start_part(&mut self, name: &str) -> Result<()> {
+        let number = name.rsplit('-').next().and_then(|n| n.parse::<usize>().ok()).unwrap_or(1);
+        let log = std::fs::File::create(self.config.dir.join(format!("{name}.log")))?;
+        let mut command = Command::new(std::env::current_exe().context("find this program")?);
+        command.arg("serve");
+        let replicas = |command: &mut Command| {
+            for replica in &self.replicas {
+                command.arg("--replica").arg(replica.url());
+            }
+        };
+        if name.starts_with("replica") {
+            command.arg("storage").args(["--id", &number.to_string()]);
+            command.arg("--dir").arg(self.config.dir.join(name));
+            command.arg("--listen").arg(self.replicas[number - 1].address.to_string());
+            for (i, replica) in self.replicas.iter().enumerate() {
+                command.arg("--peer").arg(format!("{}={}", i + 1, replica.url()));
+            }
+        } else if name == "coordinator" {
+            command.arg("coordinator").arg("--listen").arg(self.coordinator.address.to_string());
+            command.args(["--lease-ms", &self.config.lease_ms.to_string()]);
+            replicas(&mut command);
+        } else {
+            command.arg("node").args(["--name", name, "--slots", &self.config.slots.to_string()]);
+            command.arg("--listen").arg(self.nodes[number - 1].address.to_string());
+            command.arg("--coordinator").arg(self.coordinator.url());
+            if self.config.offers_planted {
+                command.arg("--offer-planted");
+            }
+            replicas(&mut command);
+        }
+        // A group of its own: a Ctrl-C at the terminal is ours to handle.
+        command.arg("--with-parent").process_group(0).kill_on_drop(true);
+        command.stdin(Stdio::null()).stdout(Stdio::from(log.try_clone()?)).stderr(Stdio::from(log));
+        let child = command.spawn().with_context(|| format!("start {name}"))?;
+        self.children.insert(name.into(), child);
+        Ok(())
+    }
+
+    /// kill -9, and the end of it.
+    pub async fn kill(&mut self, name: &str) -> Result<()> {
+        let child = self.children.get_mut(name).with_context(|| format!("no {name}"))?;
+        child.kill().await.with_context(|| format!("kill {name}"))?;
+        self.children.remove(name);
+        Ok(())
+    }
+
+    /// A part that has ended by itself, with the last lines it said.
+    pub fn ended(&mut self) -> Option<String> {
+        for (name, child) in &mut self.children {
+            if let Ok(Some(status)) = child.try_wait() {
+                let log = std::fs::read_to_string(self.config.dir.join(format!("{name}.log"))).unwrap_or_default();
+                return Some(format!("{name} has ended ({status}): {}", log.trim()));
+            }
+        }
+        None
+    }
+
+    /// Ends all parts.
+    pub async fn stop(mut self) {
+        for child in self.children.values_mut() {
+            if let Some(pid) = child.id().and_then(|pid| rustix::process::Pid::from_raw(pid as i32)) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+            }
+        }
+        for child in self.children.values_mut() {
+            let _ = tokio::time::timeout(Duration::from_secs(3), child.wait()).await;
+            let _ = child.kill().await;
+        }
+    }
+}
