@@ -134,6 +134,7 @@ impl Cluster {
         let router_of = |router| store_services(router).add_service(coordinator_service).add_service(node_service);
         tokio::spawn(serve(Listener::Unix(listener), router_of, std::future::pending()));
         tokio::spawn(async move { worker.run().await });
+        wait_ready(&file, 1, Duration::from_secs(20)).await?;
         let cluster = Cluster::of(file, outbox_dir, Some(Embedded { replica, _lock: lock }))?;
         for said in heddle_node::record::recover(&cluster.store, &cluster.outbox_dir).await {
             eprintln!("heddle: {said}");
@@ -173,6 +174,6 @@ pub async fn wait_ready(file: &ClusterFile, nodes: usize, patience: Duration) ->
         if tokio::time::Instant::now() > until {
             return Err(coded(crate::exit::TIMEOUT, "the cluster did not come up in time"));
         }
-        tokio::time::sleep(Duration::from_millis(30)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

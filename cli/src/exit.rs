@@ -36,6 +36,25 @@ pub fn coded(code: u8, text: impl Into<String>) -> anyhow::Error {
     anyhow::Error::new(Coded { code, text: text.into() })
 }
 
+fn code_of_status(status: &tonic::Status) -> u8 {
+    match status.code() {
+        tonic::Code::NotFound => NOTHING,
+        tonic::Code::DataLoss => CORRUPT,
+        tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Cancelled => NO_QUORUM,
+        tonic::Code::DeadlineExceeded => TIMEOUT,
+        tonic::Code::InvalidArgument => USAGE,
+        tonic::Code::Unimplemented => INCOMPATIBLE,
+        _ => UNEXPECTED,
+    }
+}
+
+/// What a server refused, in its own words.
+pub fn refused(who: &str, status: &tonic::Status) -> anyhow::Error {
+    let code = code_of_status(status);
+    let prefix = if code == NO_QUORUM { format!("{who} does not answer: ") } else { String::new() };
+    coded(code, format!("{prefix}{}", status.message()))
+}
+
 /// The exit code of an error, from the first cause that has one.
 pub fn code_of(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
@@ -51,14 +70,7 @@ pub fn code_of(error: &anyhow::Error) -> u8 {
             };
         }
         if let Some(status) = cause.downcast_ref::<tonic::Status>() {
-            return match status.code() {
-                tonic::Code::NotFound => NOTHING,
-                tonic::Code::DataLoss => CORRUPT,
-                tonic::Code::Unavailable => NO_QUORUM,
-                tonic::Code::DeadlineExceeded => TIMEOUT,
-                tonic::Code::InvalidArgument => USAGE,
-                _ => UNEXPECTED,
-            };
+            return code_of_status(status);
         }
         if cause.is::<heddle_replay_engine::builds::UnknownBuild>() {
             return INCOMPATIBLE;

@@ -50,6 +50,11 @@ impl Scheduler {
         Scheduler { lease_ms, ..Scheduler::default() }
     }
 
+    /// Whether a known node offers this build.
+    pub fn is_offered(&self, build: &str) -> bool {
+        self.nodes.values().any(|node| offers(&node.builds, build))
+    }
+
     /// Jobs that changed since the last call.
     pub fn take_changed(&mut self) -> Vec<Job> {
         let changed = std::mem::take(&mut self.changed);

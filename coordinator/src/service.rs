@@ -267,6 +267,12 @@ impl Service for Coordinator {
         }
         let job = self.plan(request).await?;
         let mut state = self.state.lock().await;
+        if !state.scheduler.is_offered(&job.build) || !state.scheduler.is_offered(&job.against) {
+            return Err(Status::unimplemented(format!(
+                "no node offers build {}; `heddle get nodes -o wide` shows what they offer",
+                job.against
+            )));
+        }
         state.scheduler.submit(job);
         self.persist(&mut state).await?;
         Ok(Response::new(v1::SubmitReply { id }))

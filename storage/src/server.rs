@@ -18,8 +18,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
-use tonic::transport::server::Router;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::server::{Router, TcpIncoming};
 
 /// What a replica is told at start.
 #[derive(Clone, Debug)]
@@ -160,7 +160,6 @@ pub async fn serve(
         .build_v1()
         .expect("our own descriptors are whole");
     let router = tonic::transport::Server::builder()
-        .tcp_nodelay(true)
         .initial_stream_window_size(8 << 20)
         .initial_connection_window_size(16 << 20)
         .http2_keepalive_interval(Some(std::time::Duration::from_secs(5)))
@@ -169,7 +168,9 @@ pub async fn serve(
     let router = add(router);
     match listener {
         Listener::Tcp(listener) => {
-            router.serve_with_incoming_shutdown(TcpListenerStream::new(listener), shutdown).await
+            // Without it every answer waits 40 ms for a delayed acknowledgement.
+            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+            router.serve_with_incoming_shutdown(incoming, shutdown).await
         }
         Listener::Unix(listener) => {
             router.serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown).await

@@ -3,7 +3,7 @@
 use super::recordings::{self, Recording};
 use crate::args::{Describe, Format, Get, Kind};
 use crate::cluster::Cluster;
-use crate::exit::{NO_QUORUM, NOTHING, OK, USAGE, coded};
+use crate::exit::{NOTHING, OK, USAGE, coded, refused};
 use crate::output::{self, Column};
 use anyhow::Result;
 use heddle_proto::event::KIND_NAMES;
@@ -142,14 +142,9 @@ async fn rows(cluster: &Cluster, kind: Kind) -> Result<Vec<Value>> {
     })
 }
 
-/// A coordinator that does not answer.
+/// What the coordinator refused.
 pub fn away(status: tonic::Status) -> anyhow::Error {
-    match status.code() {
-        tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Cancelled => {
-            coded(NO_QUORUM, format!("the coordinator does not answer: {}", status.message()))
-        }
-        _ => status.into(),
-    }
+    refused("the coordinator", &status)
 }
 
 fn recording_row(recording: &Recording) -> Value {
