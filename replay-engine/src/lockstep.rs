@@ -10,7 +10,7 @@ use heddle_proto::verdict::{Finding, Masked};
 /// Instructions between two comparisons, coarse to fine; each pass begins anew
 /// at the start and goes straight to the last place where all was equal.
 const STRIDES: [u64; 3] = [1 << 20, 1 << 12, 1];
-/// Strides when registers are folded after every instruction.
+/// Strides when registers are folded before every instruction.
 const TRACED_STRIDES: [u64; 2] = [1 << 16, 1];
 /// Once registers are equal again, whole states are compared at every instruction
 /// for so long, then at every so many: `to` is then the first look, not the first icount.
@@ -36,7 +36,7 @@ impl Pair {
         a && b
     }
 
-    /// Folds registers after every instruction from here on.
+    /// Folds registers before every instruction from here on.
     fn trace(&mut self) {
         self.a.machine_mut().trace = Some(0);
         self.b.machine_mut().trace = Some(0);

@@ -121,7 +121,7 @@ pub struct Machine {
     pub(crate) submitted: Vec<u64>,
     /// Console bytes sent since they were last taken; not state.
     pub(crate) console: Vec<u8>,
-    /// Registers folded after every instruction, when somebody looks for a
+    /// Registers folded before every instruction, when somebody looks for a
     /// difference that does not last; not state.
     pub(crate) trace: Option<u64>,
     code: CodeCache,
@@ -239,14 +239,14 @@ impl Machine {
             if self.icount >= until {
                 return Exit::Budget;
             }
+            if TRACE && let Some(trace) = &mut self.trace {
+                *trace = (trace.rotate_left(1) ^ self.hart.quick_fold()).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            }
             if let Err(trap) = self.step(outside) {
                 self.hart.enter_trap(trap.cause, trap.tval);
                 self.update_paging();
             }
             self.icount += 1;
-            if TRACE && let Some(trace) = &mut self.trace {
-                *trace = (trace.rotate_left(1) ^ self.hart.quick_fold()).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            }
         }
     }
 
