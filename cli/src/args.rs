@@ -99,6 +99,9 @@ pub struct Up {
     /// A lease without a sign of life lasts so long, in milliseconds.
     #[arg(long, default_value_t = 5000)]
     pub lease_ms: u64,
+    /// Nodes offer builds with a planted fault, for tests and demos alone.
+    #[arg(long)]
+    pub offer_planted: bool,
 }
 
 /// `heddle serve`.

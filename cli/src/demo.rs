@@ -40,7 +40,8 @@ pub async fn run(command: Demo, format: Format) -> Result<u8> {
     let dir = command.keep.clone().unwrap_or_else(|| temporary.path().to_path_buf());
     let is_json = matches!(format, Format::Json | Format::Yaml);
     let mut story = Story::new(is_json);
-    let config = LocalConfig { dir, replicas: 3, nodes: 2, slots: 1, lease_ms: LEASE_MS, offers_planted: true };
+    let program = std::env::current_exe().context("find this program")?;
+    let config = LocalConfig { program, dir, replicas: 3, nodes: 2, slots: 1, lease_ms: LEASE_MS, offers_planted: true };
     let mut demo = tokio::select! {
         started = LocalCluster::start(config) => Demonstration { cluster: started?, result: json!({}) },
         () = crate::serve::asked_to_stop() => return Ok(130),
@@ -55,7 +56,7 @@ pub async fn run(command: Demo, format: Format) -> Result<u8> {
         }
     };
     if let Err(error) = &done {
-        let ended = demo.cluster.ended().unwrap_or_default();
+        let ended = demo.cluster.ended().map(|(_, why)| why).unwrap_or_default();
         eprintln!("heddle: the demo failed: {error:#} {ended}");
     }
     demo.cluster.stop().await;

@@ -13,6 +13,8 @@ use tokio::process::{Child, Command};
 /// How a cluster on this machine is made up.
 #[derive(Clone, Debug)]
 pub struct LocalConfig {
+    /// The `heddle` binary.
+    pub program: PathBuf,
     /// Where its data lives.
     pub dir: PathBuf,
     /// Replicas of the store.
@@ -100,7 +102,7 @@ impl LocalCluster {
     pub fn start_part(&mut self, name: &str) -> Result<()> {
         let number = name.rsplit('-').next().and_then(|n| n.parse::<usize>().ok()).unwrap_or(1);
         let log = std::fs::File::create(self.config.dir.join(format!("{name}.log")))?;
-        let mut command = Command::new(std::env::current_exe().context("find this program")?);
+        let mut command = Command::new(&self.config.program);
         command.arg("serve");
         let replicas = |command: &mut Command| {
             for replica in &self.replicas {
@@ -143,15 +145,20 @@ impl LocalCluster {
         Ok(())
     }
 
-    /// A part that has ended by itself, with the last lines it said.
-    pub fn ended(&mut self) -> Option<String> {
+    /// A part that has ended by itself, and the last lines it said.
+    pub fn ended(&mut self) -> Option<(String, String)> {
         for (name, child) in &mut self.children {
             if let Ok(Some(status)) = child.try_wait() {
                 let log = std::fs::read_to_string(self.config.dir.join(format!("{name}.log"))).unwrap_or_default();
-                return Some(format!("{name} has ended ({status}): {}", log.trim()));
+                return Some((name.clone(), format!("{name} has ended ({status}): {}", log.trim())));
             }
         }
         None
+    }
+
+    /// The process id of a part.
+    pub fn pid(&self, name: &str) -> Option<u32> {
+        self.children.get(name).and_then(Child::id)
     }
 
     /// Ends all parts.

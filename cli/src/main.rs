@@ -1,41 +1,7 @@
-//! `heddle`: the one binary. Client commands, the three servers, the all-in-one.
+//! `heddle`: the one binary.
 
-mod args;
-mod cluster;
-mod commands;
-mod demo;
-mod exit;
-mod local;
-mod output;
-mod progress;
-mod serve;
-mod telemetry;
-
-use clap::Parser;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let args = args::Args::parse();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("heddle: start the runtime: {error}");
-            return ExitCode::from(exit::UNEXPECTED);
-        }
-    };
-    let code = runtime.block_on(async {
-        let telemetry = telemetry::start();
-        let code = match commands::run(args).await {
-            Ok(code) => code,
-            Err(error) => {
-                eprintln!("heddle: {error:#}");
-                exit::code_of(&error)
-            }
-        };
-        telemetry.stop().await;
-        code
-    });
-    // A thread that waits for the terminal's next line must not keep us.
-    runtime.shutdown_background();
-    ExitCode::from(code)
+    heddle_cli::main()
 }

@@ -294,3 +294,61 @@ fn a_planted_fault_is_found_at_its_instruction_or_shown_masked() {
     eprintln!("{exact} exact, {masked} masked");
     assert!(exact > 0);
 }
+
+#[test]
+fn a_log_cut_anywhere_ends_in_a_clear_verdict() {
+    let recorded = record(5, 2);
+    let count = recorded.events.len();
+    let step = if seeds(20).count() > 1000 { 1 } else { (count / 60).max(1) };
+    for cut in (0..count).step_by(step) {
+        let events = recorded.events[..cut].to_vec();
+        let (verdict, _) = replay(events.clone(), recorded.sleep, 2, cut as u64);
+        let divergence = verdict.divergence().unwrap_or_else(|| panic!("cut at {cut}: a match"));
+        assert_eq!(divergence.kind, DivergenceKind::LogEndedEarly, "cut at {cut}: {divergence}");
+        // Known to be cut, the same prefix is a match up to its last event.
+        let replayer = replayer(events.clone(), Position::default(), LogEnd::Cut);
+        let mut emulator = Emulator::replay(
+            guest::short(2, 1).unwrap(), replayer, positions(), recorded.sleep, Build::default());
+        schedule::replay(&mut emulator, cut as u64);
+        let verdict = emulator.verdict().unwrap();
+        assert!(verdict.is_match(), "cut at {cut}: {:?}", verdict.outcome);
+        assert_eq!(verdict.events, cut as u64);
+    }
+}
+
+#[test]
+fn a_log_changed_anywhere_never_panics_and_never_hangs() {
+    let recorded = record(6, 2);
+    let changes = seeds(150).count();
+    let mut rng = Seeded::new(4242);
+    let (mut diverged, mut matched) = (0, 0);
+    for change in 0..changes {
+        let mut events = recorded.events.clone();
+        let at = rng.below(events.len() as u64) as usize;
+        let what = rng.below(7);
+        match what {
+            0 => events[at].role = events[at].role.other(),
+            1 => events[at].icount = events[at].icount.wrapping_add(rng.below(2000)).wrapping_sub(1000),
+            2 => drop(events.remove(at)),
+            3 => events.insert(at, recorded.events[rng.below(recorded.events.len() as u64) as usize].clone()),
+            4 => {
+                let other = rng.below(events.len() as u64) as usize;
+                events.swap(at, other);
+            }
+            5 => events[at].body = recorded.events[rng.below(recorded.events.len() as u64) as usize].body.clone(),
+            _ => events[at].icount = rng.next(),
+        }
+        let is_same = events == recorded.events;
+        let (verdict, _) = replay(events, recorded.sleep, 2, change as u64);
+        match verdict.divergence() {
+            None => matched += 1,
+            Some(divergence) => {
+                diverged += 1;
+                assert_ne!(divergence.kind, DivergenceKind::Stall, "change {what} at {at}: {divergence}");
+            }
+        }
+        assert!(!is_same || verdict.is_match());
+    }
+    eprintln!("{diverged} diverged, {matched} matched");
+    assert!(diverged > changes * 8 / 10);
+}

@@ -13,7 +13,7 @@ use crate::cluster::Cluster;
 use crate::exit::OK;
 use crate::local::{LocalCluster, LocalConfig};
 use crate::{demo, serve};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result};
 use clap::CommandFactory;
 
 /// Runs the command; its exit code.
@@ -47,12 +47,13 @@ pub async fn run(args: Args) -> Result<u8> {
 /// `heddle up`: a cluster until Ctrl-C.
 async fn up(command: Up) -> Result<u8> {
     let mut cluster = LocalCluster::start(LocalConfig {
+        program: std::env::current_exe().context("find this program")?,
         dir: command.data.clone(),
         replicas: command.replicas,
         nodes: command.nodes,
         slots: command.slots,
         lease_ms: command.lease_ms,
-        offers_planted: false,
+        offers_planted: command.offer_planted,
     })
     .await?;
     println!("{}", serde_json::to_string_pretty(&cluster.file())?);
@@ -61,9 +62,9 @@ async fn up(command: Up) -> Result<u8> {
         tokio::select! {
             () = serve::asked_to_stop() => break,
             () = tokio::time::sleep(std::time::Duration::from_millis(500)) => {
-                if let Some(ended) = cluster.ended() {
-                    cluster.stop().await;
-                    bail!(ended);
+                if let Some((name, why)) = cluster.ended() {
+                    eprintln!("heddle: {why}\nheddle: {name} is started again");
+                    cluster.start_part(&name)?;
                 }
             }
         }

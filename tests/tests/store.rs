@@ -1,0 +1,195 @@
+//! The log store as three real processes: what was acknowledged is there.
+#![allow(clippy::unwrap_used)]
+
+use heddle_proto::{Body, Event, Hash, Role, v1};
+use heddle_storage::StoreError;
+use heddle_tests::{Processes, append, chunks, count, new_id, until};
+use std::time::Duration;
+
+fn events(from: u64, count: u64) -> Vec<Event> {
+    let body = |i: u64| Body::Check { value: i.wrapping_mul(0x9e37_79b9_7f4a_7c15), output: i };
+    (from..from + count).map(|i| Event { icount: i * 10, role: Role::Vcpu, body: body(i) }).collect()
+}
+
+fn manifest() -> Vec<u8> {
+    b"{}".to_vec()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn epochs_duplicates_gaps_and_conflicts() {
+    let p = Processes::start(0, 5000).await;
+    let store = &p.client.store;
+    let id = new_id();
+    let all = chunks(id, &events(0, 1000), 100);
+    let opened = store.open(id, b"one", &manifest(), false).await.unwrap();
+    assert_eq!(opened.epoch, store.open(id, b"one", &manifest(), false).await.unwrap().epoch, "a retry");
+    let other = store.open(id, b"two", &manifest(), false).await.unwrap_err();
+    assert!(matches!(other, StoreError::Fenced(_)), "{other}");
+
+    p.leader().await;
+    // Warm up the client's idea of the leader, which append relies on.
+    assert_eq!(store.seal(id, 99, 0, Hash::ZERO, false).await.unwrap_err().to_string(), "FENCED: epoch 1 has taken over");
+    assert_eq!(append(store, opened.epoch, &all[..5]).await.unwrap(), 500);
+    assert_eq!(append(store, opened.epoch, &all[2..4]).await.unwrap(), 500, "duplicates are acknowledged");
+    let gap = append(store, opened.epoch, &all[7..8]).await.unwrap_err();
+    assert_eq!(StoreError::from(gap), StoreError::Gap(500));
+    let mut changed = events(500, 100);
+    changed[3].icount += 1;
+    let conflicting = chunks(id, &[events(0, 500), changed].concat(), 100);
+    assert_eq!(append(store, opened.epoch, &all[5..6]).await.unwrap(), 600);
+    let conflict = StoreError::from(append(store, opened.epoch, &conflicting[5..6]).await.unwrap_err());
+    assert!(matches!(conflict, StoreError::Conflict(_)), "{conflict}");
+
+    let fencing = store.open(id, b"two", &[], true).await.unwrap();
+    assert_eq!((fencing.epoch, fencing.committed_events), (2, 600));
+    let fenced = StoreError::from(append(store, opened.epoch, &all[6..7]).await.unwrap_err());
+    assert!(matches!(fenced, StoreError::Fenced(_)), "{fenced}");
+    store.seal(id, 2, 600, all[5].id(), true).await.unwrap();
+    let sealed = StoreError::from(append(store, 2, &all[6..7]).await.unwrap_err());
+    assert_eq!(sealed, StoreError::Sealed);
+    assert_eq!(store.get(id).await.unwrap().state, "cut");
+
+    // A damaged chunk is refused before it is proposed.
+    let mut bytes = all[6].bytes.to_vec();
+    bytes[300] ^= 1;
+    let request = v1::AppendRequest { recording: id.to_vec().into(), epoch: 2, chunk: bytes.into() };
+    let reply = store.leader().unwrap().append(tokio_stream::iter([request])).await;
+    let status = match reply {
+        Ok(reply) => reply.into_inner().message().await.unwrap_err(),
+        Err(status) => status,
+    };
+    assert!(status.message().contains("payload does not have the hash"), "{status}");
+    p.cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blocks_are_stored_once_and_checked() {
+    let p = Processes::start(0, 5000).await;
+    let store = &p.client.store;
+    let blocks: Vec<(Hash, bytes::Bytes)> = (0..300u32)
+        .map(|i| {
+            let bytes = bytes::Bytes::from(i.to_le_bytes().repeat(1024));
+            (Hash::of(&bytes), bytes)
+        })
+        .collect();
+    assert_eq!(store.put_blocks(blocks.clone()).await.unwrap().0, 300);
+    assert_eq!(store.put_blocks(blocks.clone()).await.unwrap(), (0, 0), "nothing is sent twice");
+    let hashes: Vec<Hash> = blocks.iter().map(|(hash, _)| *hash).collect();
+    let found = store.get_blocks(&hashes).await.unwrap();
+    assert!(found.iter().zip(&blocks).all(|(found, (_, bytes))| found == bytes));
+    let lied = v1::Block { hash: hashes[0].to_vec().into(), data: heddle_storage::service::compress_block(b"other") };
+    let mut client = store.leader().unwrap();
+    let status = client.put_blocks(v1::PutBlocksRequest { blocks: vec![lied] }).await.unwrap_err();
+    assert!(status.message().contains("has other bytes"), "{status}");
+    assert!(matches!(store.get_blocks(&[Hash([9; 32])]).await, Err(StoreError::NotFound(_))));
+    p.cluster.stop().await;
+}
+
+/// kill -9 of any replica, over and over, under load: every acknowledged chunk is
+/// read back, from every replica, and its hash compared.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_acknowledged_is_lost_to_kill_9() {
+    let mut p = Processes::start(0, 5000).await;
+    let store = p.client.store.clone();
+    let id = new_id();
+    let opened = store.open(id, b"load", &manifest(), false).await.unwrap();
+    let all = chunks(id, &events(0, 400_000), 200);
+    let (acked_sender, acked) = tokio::sync::watch::channel(0u64);
+    let writer = {
+        let (store, all) = (store.clone(), all.clone());
+        tokio::spawn(async move {
+            let mut next = 0;
+            while next < all.len() {
+                let end = (next + 8).min(all.len());
+                match append(&store, opened.epoch, &all[next..end]).await {
+                    Ok(committed) => {
+                        acked_sender.send_replace(committed);
+                        next = end;
+                    }
+                    // Which of them were committed the store knows: it acknowledges those again.
+                    Err(status) => {
+                        store.redirect(&status);
+                        tokio::time::sleep(Duration::from_millis(20)).await;
+                    }
+                }
+                if acked_sender.is_closed() {
+                    return next;
+                }
+            }
+            next
+        })
+    };
+    let kills = count(4, 30);
+    for kill in 0..kills {
+        let before = *acked.borrow();
+        until("more chunks to be acknowledged", async || (*acked.borrow() > before || writer.is_finished()).then_some(())).await;
+        let victim = match kill % 3 {
+            0 => p.leader().await,
+            n => format!("replica-{n}"),
+        };
+        p.cluster.kill(&victim).await.unwrap();
+        let before = *acked.borrow();
+        until("the other two to go on", async || (*acked.borrow() > before || writer.is_finished()).then_some(())).await;
+        p.cluster.start_part(&victim).unwrap();
+    }
+    let promised = *acked.borrow();
+    drop(acked);
+    writer.await.unwrap();
+    assert!(promised > 0);
+    // All three die at once, and come back: the disks alone have it.
+    for replica in 1..=3 {
+        p.cluster.kill(&format!("replica-{replica}")).await.unwrap();
+    }
+    for replica in 1..=3 {
+        p.cluster.start_part(&format!("replica-{replica}")).unwrap();
+    }
+    let found = until("the recording", async || store.read(id, 0, 0).await.ok()).await;
+    let there = found.last().unwrap().header.end_event();
+    assert!(there >= promised, "{promised} events were acknowledged, {there} are there");
+    assert!(found.iter().zip(&all).all(|(found, written)| found.bytes == written.bytes));
+    // Each replica catches up and has the same.
+    for address in store.addresses() {
+        let alone = heddle_storage::StoreClient::new(vec![address.clone()]);
+        let chunks = until("the replica to catch up", async || alone.read(id, 0, 0).await.ok()).await;
+        assert_eq!(chunks.last().unwrap().header.end_event(), there, "{address}");
+    }
+    p.cluster.stop().await;
+}
+
+/// The catalog is never the truth: deleted or made garbage, it is rebuilt.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_catalog_is_rebuilt_from_the_journal() {
+    let mut p = Processes::start(0, 5000).await;
+    let store = p.client.store.clone();
+    let id = new_id();
+    let all = chunks(id, &events(0, 5000), 100);
+    let opened = store.open(id, b"one", &manifest(), false).await.unwrap();
+    append(&store, opened.epoch, &all).await.unwrap();
+    store.seal(id, opened.epoch, 5000, all.last().unwrap().id(), false).await.unwrap();
+    for replica in 1..=3 {
+        p.cluster.kill(&format!("replica-{replica}")).await.unwrap();
+        let catalog = p.cluster.dir().join(format!("replica-{replica}/catalog"));
+        std::fs::remove_dir_all(catalog).unwrap();
+    }
+    for replica in 1..=3 {
+        p.cluster.start_part(&format!("replica-{replica}")).unwrap();
+    }
+    let row = until("the recording", async || store.get(id).await.ok()).await;
+    assert_eq!((row.state.as_str(), row.committed_events), ("sealed", 5000));
+    assert_eq!(store.read(id, 0, 0).await.unwrap(), all);
+    p.cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_majority_nothing_is_acknowledged() {
+    let mut p = Processes::start(0, 5000).await;
+    let store = p.client.store.with_patience(Duration::from_millis(600));
+    p.cluster.kill("replica-1").await.unwrap();
+    p.cluster.kill("replica-2").await.unwrap();
+    let refused = store.open(new_id(), b"x", &manifest(), false).await.unwrap_err();
+    assert!(matches!(refused, StoreError::Unavailable(_)), "{refused}");
+    let said = p.heddle(&["get", "replicas", "-o", "json"]).await.expect(0);
+    let unreachable = said.json().as_array().unwrap().iter().filter(|r| r["role"] == "unreachable").count();
+    assert_eq!(unreachable, 2);
+    p.cluster.stop().await;
+}
