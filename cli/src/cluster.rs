@@ -75,16 +75,21 @@ impl Cluster {
     pub fn in_dir(dir: &Path) -> Result<Cluster> {
         let path = dir.join(FILE);
         let bytes = std::fs::read(&path).map_err(|error| {
-            coded(USAGE, format!("{}: {error}; is `heddle up --data {}` running?", path.display(), dir.display()))
+            coded(
+                USAGE,
+                format!("{}: {error}; is `heddle up --data {}` running?", path.display(), dir.display()),
+            )
         })?;
-        let file: ClusterFile = serde_json::from_slice(&bytes).with_context(|| format!("read {}", path.display()))?;
+        let file: ClusterFile =
+            serde_json::from_slice(&bytes).with_context(|| format!("read {}", path.display()))?;
         Cluster::of(file, dir.join("outbox"), None)
     }
 
     async fn at_url(url: &str) -> Result<Cluster> {
         let channel = connect(url).map_err(|e| coded(USAGE, format!("{url}: {e}")))?;
         let info = CoordinatorClient::new(channel).info(v1::InfoRequest {}).await;
-        let info = info.map_err(|e| coded(NO_QUORUM, format!("no coordinator answers at {url}: {}", e.message())))?;
+        let info =
+            info.map_err(|e| coded(NO_QUORUM, format!("no coordinator answers at {url}: {}", e.message())))?;
         let file = ClusterFile { replicas: info.into_inner().replicas, coordinator: url.into() };
         Cluster::of(file, data_dir()?.join("outbox"), None)
     }
@@ -131,7 +136,8 @@ impl Cluster {
         })?;
         let (coordinator_service, node_service) = (coordinator.service(), worker.service());
         let store_services = replica.services();
-        let router_of = |router| store_services(router).add_service(coordinator_service).add_service(node_service);
+        let router_of =
+            |router| store_services(router).add_service(coordinator_service).add_service(node_service);
         tokio::spawn(serve(Listener::Unix(listener), router_of, std::future::pending()));
         tokio::spawn(async move { worker.run().await });
         wait_ready(&file, 1, Duration::from_secs(20)).await?;

@@ -36,12 +36,21 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Runs the demo; cleans up all it started, also after Ctrl-C.
 pub async fn run(command: Demo, format: Format) -> Result<u8> {
-    let temporary = tempfile::Builder::new().prefix("heddle-demo-").tempdir().context("make a temporary directory")?;
+    let temporary =
+        tempfile::Builder::new().prefix("heddle-demo-").tempdir().context("make a temporary directory")?;
     let dir = command.keep.clone().unwrap_or_else(|| temporary.path().to_path_buf());
     let is_json = matches!(format, Format::Json | Format::Yaml);
     let mut story = Story::new(is_json);
     let program = std::env::current_exe().context("find this program")?;
-    let config = LocalConfig { program, dir, replicas: 3, nodes: 2, slots: 1, lease_ms: LEASE_MS, offers_planted: true };
+    let config = LocalConfig {
+        program,
+        dir,
+        replicas: 3,
+        nodes: 2,
+        slots: 1,
+        lease_ms: LEASE_MS,
+        offers_planted: true,
+    };
     let mut demo = tokio::select! {
         started = LocalCluster::start(config) => Demonstration { cluster: started?, result: json!({}) },
         () = crate::serve::asked_to_stop() => return Ok(130),
@@ -107,8 +116,16 @@ impl Demonstration {
         let at = committed(client, KILL_AT_ICOUNT).await?;
         let leader = leader(client).await?;
         self.cluster.kill(&leader).await?;
-        story.say("killed", &format!("{leader}, the leader, with kill -9 while recording, {} instructions in", output::grouped(at)));
-        let done = tokio::time::timeout(PATIENCE, recorder.wait_with_output()).await.context("the recorder hangs")??;
+        story.say(
+            "killed",
+            &format!(
+                "{leader}, the leader, with kill -9 while recording, {} instructions in",
+                output::grouped(at)
+            ),
+        );
+        let done = tokio::time::timeout(PATIENCE, recorder.wait_with_output())
+            .await
+            .context("the recorder hangs")??;
         drop(keyboard);
         ensure!(done.status.success(), "the recorder failed: {}", done.status);
         let recorded: Value = serde_json::from_slice(&done.stdout).context("read the recorder's answer")?;
@@ -125,16 +142,19 @@ impl Demonstration {
         self.result["bytes_raw"] = json!(row.bytes_raw);
         self.result["bytes_stored"] = json!(row.bytes_stored);
         self.result["killed"] = json!([{ "process": leader, "during": "recording" }]);
-        story.say("recorded", &format!(
-            "{} instructions, {} events, {} snapshots in {:.1} s; the log is {} in {} chunks ({} raw)",
-            output::grouped(recorded["instructions"].as_u64().unwrap_or(0)),
-            output::grouped(row.committed_events),
-            row.snapshots.len(),
-            began.elapsed().as_secs_f64(),
-            output::bytes(row.bytes_stored),
-            row.chunks,
-            output::bytes(row.bytes_raw),
-        ));
+        story.say(
+            "recorded",
+            &format!(
+                "{} instructions, {} events, {} snapshots in {:.1} s; the log is {} in {} chunks ({} raw)",
+                output::grouped(recorded["instructions"].as_u64().unwrap_or(0)),
+                output::grouped(row.committed_events),
+                row.snapshots.len(),
+                began.elapsed().as_secs_f64(),
+                output::bytes(row.bytes_stored),
+                row.chunks,
+                output::bytes(row.bytes_raw),
+            ),
+        );
         story.say("committed", &format!(
             "{} of {} events on a majority's disks before they were acknowledged; {leader} is started again",
             output::grouped(row.committed_events), output::grouped(recorded["events"].as_u64().unwrap_or(0))
@@ -166,17 +186,26 @@ impl Demonstration {
             output::grouped(whole["role_checked"].as_u64().unwrap_or(0)),
             whole["role_mismatches"]
         );
-        story.say("replayed", &format!("whole on {} in {:.2} s: match; {roles}", job.tasks[0].node, seconds(&whole)));
+        story.say(
+            "replayed",
+            &format!("whole on {} in {:.2} s: match; {roles}", job.tasks[0].node, seconds(&whole)),
+        );
         let (job, parallel) = self.replay(client, SPANS).await?;
         let mut share: BTreeMap<&str, u32> = BTreeMap::new();
         job.tasks.iter().for_each(|task| *share.entry(&task.node).or_default() += 1);
         let share: Vec<String> = share.iter().map(|(node, count)| format!("{count} on {node}")).collect();
         ensure!(whole["digest"] == parallel["digest"], "whole and spans end in different digests");
-        story.say("replayed", &format!(
-            "in {} spans ({}) in {:.2} s: match, {:.2} of the time, the same final digest {}",
-            job.tasks.len(), share.join(", "), seconds(&parallel), seconds(&parallel) / seconds(&whole),
-            &parallel["digest"].as_str().unwrap_or_default()[..8]
-        ));
+        story.say(
+            "replayed",
+            &format!(
+                "in {} spans ({}) in {:.2} s: match, {:.2} of the time, the same final digest {}",
+                job.tasks.len(),
+                share.join(", "),
+                seconds(&parallel),
+                seconds(&parallel) / seconds(&whole),
+                &parallel["digest"].as_str().unwrap_or_default()[..8]
+            ),
+        );
         self.result["spans"] = parallel["spans"].clone();
         self.result["verdict"] = parallel["verdict"].clone();
         self.result["replay_serial_s"] = whole["seconds"].clone();
@@ -212,7 +241,9 @@ impl Demonstration {
             job.tasks[again].node, began.elapsed().as_secs_f64()
         ));
         if let Some(killed) = self.result["killed"].as_array_mut() {
-            killed.push(json!({ "process": node, "during": "span", "span": again, "done_by": job.tasks[again].node }));
+            killed.push(
+                json!({ "process": node, "during": "span", "span": again, "done_by": job.tasks[again].node }),
+            );
         }
         self.cluster.start_part(&node)?;
         crate::cluster::wait_ready(&self.cluster.file(), 2, PATIENCE).await
@@ -230,7 +261,10 @@ impl Demonstration {
         let build = Build { fault: Some(fault) };
         let name = heddle_replay_engine::machine::disasm::register_name(usize::from(fault.register));
         let what = format!("bit {} of {name} flips", fault.bit);
-        story.say("planted", &format!("build {build}: {what} after {} instructions", output::grouped(fault.icount)));
+        story.say(
+            "planted",
+            &format!("build {build}: {what} after {} instructions", output::grouped(fault.icount)),
+        );
         let recording = recordings::find(&client.store, NAME).await?;
         let request = v1::SubmitRequest {
             id: new_job_id("hunt"),
@@ -254,9 +288,20 @@ impl Demonstration {
             found.as_object_mut().context("the finding")?.remove("masked");
         }
         self.result["found"] = found;
-        let verdict = if finding["icount"] == fault.icount { "found at its exact instruction" } else { "found elsewhere than planted" };
+        let verdict = if finding["icount"] == fault.icount {
+            "found at its exact instruction"
+        } else {
+            "found elsewhere than planted"
+        };
         ensure!(finding["icount"] == fault.icount, "the defect was {verdict}");
-        story.say("found", &format!("{verdict}, icount {}, in {:.1} s against {BUILTIN}", output::grouped(fault.icount), began.elapsed().as_secs_f64()));
+        story.say(
+            "found",
+            &format!(
+                "{verdict}, icount {}, in {:.1} s against {BUILTIN}",
+                output::grouped(fault.icount),
+                began.elapsed().as_secs_f64()
+            ),
+        );
         Ok(())
     }
 }

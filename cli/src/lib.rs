@@ -6,11 +6,11 @@
 pub mod args;
 pub mod cluster;
 pub mod commands;
+mod demo;
 pub mod exit;
 pub mod local;
 pub mod output;
 pub mod progress;
-mod demo;
 mod serve;
 mod telemetry;
 

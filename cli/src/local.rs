@@ -149,7 +149,8 @@ impl LocalCluster {
     pub fn ended(&mut self) -> Option<(String, String)> {
         for (name, child) in &mut self.children {
             if let Ok(Some(status)) = child.try_wait() {
-                let log = std::fs::read_to_string(self.config.dir.join(format!("{name}.log"))).unwrap_or_default();
+                let log =
+                    std::fs::read_to_string(self.config.dir.join(format!("{name}.log"))).unwrap_or_default();
                 return Some((name.clone(), format!("{name} has ended ({status}): {}", log.trim())));
             }
         }

@@ -20,7 +20,8 @@ impl Progress {
     pub fn new(what: &str, total: u64) -> Progress {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = if total == 0 { ProgressBar::new_spinner() } else { ProgressBar::new(total) };
-            let shape = if total == 0 { "{spinner} {prefix} {msg}" } else { "{prefix} {bar:30} {percent}% {msg}" };
+            let shape =
+                if total == 0 { "{spinner} {prefix} {msg}" } else { "{prefix} {bar:30} {percent}% {msg}" };
             if let Ok(style) = ProgressStyle::with_template(shape) {
                 bar.set_style(style);
             }

@@ -51,7 +51,14 @@ pub async fn run(command: args::Serve) -> Result<()> {
             follow_parent(with_parent)?;
             let listener = bind(listen)?;
             let address = format!("http://{listen}");
-            let worker = Worker::new(NodeConfig { name, slots, replicas, coordinator, address, offers_planted: offer_planted })?;
+            let worker = Worker::new(NodeConfig {
+                name,
+                slots,
+                replicas,
+                coordinator,
+                address,
+                offers_planted: offer_planted,
+            })?;
             let service = worker.service();
             tokio::select! {
                 served = serve(Listener::Tcp(listener), |router| router.add_service(service), std::future::pending()) => Ok(served?),

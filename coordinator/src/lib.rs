@@ -6,11 +6,11 @@
 //! this crate does not know.
 #![forbid(unsafe_code)]
 
+pub mod hunt;
 pub mod job;
 pub mod plan;
-pub mod scheduler;
-pub mod hunt;
 pub mod recorders;
+pub mod scheduler;
 pub mod service;
 
 pub use service::{Coordinator, CoordinatorConfig};

@@ -41,7 +41,9 @@ pub struct Scheduler {
 }
 
 fn offers(builds: &[String], wanted: &str) -> bool {
-    builds.iter().any(|build| build == wanted || (build.ends_with("+flip") && wanted.starts_with(build.as_str())))
+    builds
+        .iter()
+        .any(|build| build == wanted || (build.ends_with("+flip") && wanted.starts_with(build.as_str())))
 }
 
 impl Scheduler {

@@ -169,7 +169,9 @@ impl Coordinator {
             return Err(Status::failed_precondition("the recording has not ended yet"));
         }
         if row.committed_events == 0 {
-            return Err(Status::failed_precondition("the recording has no events: nothing of it was committed"));
+            return Err(Status::failed_precondition(
+                "the recording has no events: nothing of it was committed",
+            ));
         }
         let manifest = Manifest::decode(&row.manifest).map_err(|e| Status::data_loss(e.to_string()))?;
         let (kind, spans) = match request.kind.as_str() {
@@ -180,7 +182,9 @@ impl Coordinator {
         };
         let spans = plan::spans(&row, spans.min(SPANS_MAX));
         let tasks = match kind {
-            JobKind::Replay => spans.into_iter().map(|span| Task::new(Work::Replay, hunt::SPANS, span)).collect(),
+            JobKind::Replay => {
+                spans.into_iter().map(|span| Task::new(Work::Replay, hunt::SPANS, span)).collect()
+            }
             JobKind::Hunt => hunt::tasks(spans),
         };
         let against = if request.against.is_empty() { manifest.build.clone() } else { request.against };
@@ -348,7 +352,8 @@ impl Service for Coordinator {
         let now = now_unix_ms();
         let busy = |name: &str| {
             let tasks = state.scheduler.jobs.values().flat_map(|job| &job.tasks);
-            tasks.filter(|t| matches!(&t.state, TaskState::Leased { node, .. } if node == name)).count() as u32
+            tasks.filter(|t| matches!(&t.state, TaskState::Leased { node, .. } if node == name)).count()
+                as u32
         };
         let mut nodes: Vec<v1::NodeRow> = state
             .scheduler
@@ -380,7 +385,8 @@ impl Service for Coordinator {
         request: Request<v1::RecordingRequest>,
     ) -> Result<Response<v1::RecordingReply>, Status> {
         let r = request.into_inner();
-        let id = RecordingId::from_slice(&r.recording).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let id =
+            RecordingId::from_slice(&r.recording).map_err(|e| Status::invalid_argument(e.to_string()))?;
         let fenced = self.state.lock().await.recorders.handle_sign(id, r.epoch, now_unix_ms());
         Ok(Response::new(v1::RecordingReply { fenced }))
     }

@@ -4,8 +4,8 @@ use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use heddle_proto::Hash;
 use heddle_proto::manifest::{Image, MachineSpec};
-use heddle_replay_engine::page_tree::BlockSource;
 use heddle_replay_engine::machine::loader::Images;
+use heddle_replay_engine::page_tree::BlockSource;
 use heddle_storage::StoreClient;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -96,10 +96,8 @@ impl BlockCache {
 
     fn take(&self, wanted: &[Hash], fetched: HashMap<Hash, Bytes>) -> Option<Vec<Bytes>> {
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = wanted
-            .iter()
-            .map(|hash| fetched.get(hash).or_else(|| cache.blocks.get(hash)).cloned())
-            .collect();
+        let found =
+            wanted.iter().map(|hash| fetched.get(hash).or_else(|| cache.blocks.get(hash)).cloned()).collect();
         if cache.bytes > CACHE_BYTES_MAX {
             cache.blocks.clear();
             cache.bytes = 0;
@@ -113,7 +111,8 @@ impl BlockCache {
 
     /// A stored file, whole, checked against its hash.
     pub async fn image(&self, image: &Image) -> Result<Arc<[u8]>> {
-        if let Some(bytes) = self.cache.lock().unwrap_or_else(PoisonError::into_inner).images.get(&image.hash) {
+        if let Some(bytes) = self.cache.lock().unwrap_or_else(PoisonError::into_inner).images.get(&image.hash)
+        {
             return Ok(bytes.clone());
         }
         ensure!(image.bytes <= IMAGE_BYTES_MAX, "{} is too large", image.name);

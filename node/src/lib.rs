@@ -8,7 +8,7 @@
 pub mod blocks;
 pub mod chunker;
 pub mod outbox;
-pub mod upload;
 pub mod record;
 pub mod replay;
+pub mod upload;
 pub mod worker;

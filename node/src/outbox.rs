@@ -142,7 +142,9 @@ impl Outbox {
         self.write_waiting();
         let Some(place) = self.pending.get(n) else { return Ok(None) };
         let mut bytes = vec![0; place.bytes as usize];
-        self.file.read_exact_at(&mut bytes, place.at).with_context(|| format!("read {}", self.path.display()))?;
+        self.file
+            .read_exact_at(&mut bytes, place.at)
+            .with_context(|| format!("read {}", self.path.display()))?;
         Ok(Some(Chunk::parse(Bytes::from(bytes)).context("the outbox holds a damaged chunk")?))
     }
 
@@ -205,7 +207,11 @@ pub fn read_left_behind(path: &Path) -> Result<LeftBehind> {
     let bytes = Bytes::from(std::fs::read(path).with_context(|| format!("read {}", path.display()))?);
     let header = bytes.get(..HEADER_BYTES as usize).context("the outbox has no whole header")?;
     let version = u32::from_le_bytes(header[4..8].try_into().expect("4 bytes"));
-    ensure!(&header[..4] == MAGIC && version == VERSION, "{} is not an outbox of version {VERSION}", path.display());
+    ensure!(
+        &header[..4] == MAGIC && version == VERSION,
+        "{} is not an outbox of version {VERSION}",
+        path.display()
+    );
     let recording = RecordingId::from_slice(&header[8..24])?;
     let token = header[24..40].try_into().expect("16 bytes");
     let mut chunks = vec![];

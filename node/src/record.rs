@@ -108,7 +108,8 @@ pub async fn record(
     let machine = loader::build(&manifest.machine, &images)?;
     drop(images);
     let token: [u8; 16] = rand::random();
-    let opened = store.open(manifest.id, &token, &manifest.encode(), false).await.context("open the recording")?;
+    let opened =
+        store.open(manifest.id, &token, &manifest.encode(), false).await.context("open the recording")?;
     let id = manifest.id;
     started(id);
 
@@ -133,15 +134,17 @@ pub async fn record(
     };
     let kick: Arc<Mutex<Option<io::Kick>>> = Arc::default();
     let uploads = tokio::spawn(async move { uploader.run().await });
-    let snapshot_uploads = tokio::spawn(upload_snapshots(store.clone(), id, opened.epoch, snapshots, waiting_bytes));
+    let snapshot_uploads =
+        tokio::spawn(upload_snapshots(store.clone(), id, opened.epoch, snapshots, waiting_bytes));
     let typing = tokio::spawn(type_input(console.input, console.stop, queue.clone(), kick.clone()));
-    let life = coordinator.map(|address| {
-        tokio::spawn(show_life(address, id, opened.epoch, queue.clone(), kick.clone()))
-    });
-    let _tasks = AbortOnDrop(vec![typing.abort_handle(), uploads.abort_handle(), snapshot_uploads.abort_handle()]
-        .into_iter()
-        .chain(life.as_ref().map(tokio::task::JoinHandle::abort_handle))
-        .collect());
+    let life = coordinator
+        .map(|address| tokio::spawn(show_life(address, id, opened.epoch, queue.clone(), kick.clone())));
+    let _tasks = AbortOnDrop(
+        vec![typing.abort_handle(), uploads.abort_handle(), snapshot_uploads.abort_handle()]
+            .into_iter()
+            .chain(life.as_ref().map(tokio::task::JoinHandle::abort_handle))
+            .collect(),
+    );
 
     let emulator = Emulator::record(machine, request.positions, request.sleep, queue.clone());
     let kick_slot = kick.clone();
@@ -180,7 +183,10 @@ pub async fn record(
     }
     snapshot_uploads.await.context("upload snapshots")??;
     let row = store.get(id).await?;
-    store.seal(id, opened.epoch, end.event, Hash::from_slice(&row.last_chunk)?, false).await.context("seal the recording")?;
+    store
+        .seal(id, opened.epoch, end.event, Hash::from_slice(&row.last_chunk)?, false)
+        .await
+        .context("seal the recording")?;
     if let Some(outbox) = chunker.take_outbox() {
         outbox.remove()?;
     }
@@ -201,7 +207,10 @@ fn refused(error: StoreError, chunker: &Chunker) -> String {
 }
 
 async fn prepare(store: &StoreClient, request: &RecordRequest) -> Result<(Manifest, Images)> {
-    async fn put(store: &StoreClient, file: &Option<NamedFile>) -> Result<(Option<Image>, Option<Arc<[u8]>>)> {
+    async fn put(
+        store: &StoreClient,
+        file: &Option<NamedFile>,
+    ) -> Result<(Option<Image>, Option<Arc<[u8]>>)> {
         match file {
             None => Ok((None, None)),
             Some((name, bytes)) => {
@@ -375,7 +384,10 @@ pub async fn recover(store: &StoreClient, dir: &Path) -> Vec<String> {
         match done.await {
             Ok((recording, events)) => {
                 let _ = std::fs::remove_file(&path);
-                said.push(format!("recording {} sealed as cut at event {events}: its recorder had died", recording.short()));
+                said.push(format!(
+                    "recording {} sealed as cut at event {events}: its recorder had died",
+                    recording.short()
+                ));
             }
             Err(error) => {
                 let aside = path.with_extension("outbox.refused");
@@ -387,7 +399,12 @@ pub async fn recover(store: &StoreClient, dir: &Path) -> Vec<String> {
     said
 }
 
-async fn deliver(store: &StoreClient, id: RecordingId, token: [u8; 16], chunks: Vec<heddle_proto::Chunk>) -> Result<u64> {
+async fn deliver(
+    store: &StoreClient,
+    id: RecordingId,
+    token: [u8; 16],
+    chunks: Vec<heddle_proto::Chunk>,
+) -> Result<u64> {
     let opened = store.open(id, &token, &[], true).await?;
     let row = store.get(id).await?;
     if row.state != "recording" {
@@ -397,7 +414,11 @@ async fn deliver(store: &StoreClient, id: RecordingId, token: [u8; 16], chunks: 
     let requests: Vec<v1::AppendRequest> = chunks
         .into_iter()
         .filter(|chunk| chunk.header.end_event() > opened.committed_events)
-        .map(|chunk| v1::AppendRequest { recording: id.to_vec().into(), epoch: opened.epoch, chunk: chunk.bytes })
+        .map(|chunk| v1::AppendRequest {
+            recording: id.to_vec().into(),
+            epoch: opened.epoch,
+            chunk: chunk.bytes,
+        })
         .collect();
     if !requests.is_empty() {
         let mut replies = client.append(tokio_stream::iter(requests)).await?.into_inner();

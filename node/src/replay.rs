@@ -24,9 +24,10 @@ impl EventSource for ChunkSource {
     fn next_events(&mut self) -> Result<Option<Vec<Event>>, String> {
         let Some(chunk) = self.chunks.pop_front() else { return Ok(None) };
         let first = chunk.header.first_event;
-        let skip = self.next_event.checked_sub(first).ok_or_else(|| {
-            format!("the log has a gap: event {} is followed by {first}", self.next_event)
-        })?;
+        let skip = self
+            .next_event
+            .checked_sub(first)
+            .ok_or_else(|| format!("the log has a gap: event {} is followed by {first}", self.next_event))?;
         let mut events = chunk.events().map_err(|e| format!("chunk at event {first}: {e}"))?;
         events.drain(..(skip as usize).min(events.len()));
         self.next_event = chunk.header.end_event();
@@ -47,7 +48,12 @@ pub struct Span {
 
 impl Span {
     /// Fetches what `bounds` names.
-    pub async fn fetch(store: &StoreClient, blocks: &BlockCache, id: RecordingId, bounds: v1::SpanBounds) -> Result<Span> {
+    pub async fn fetch(
+        store: &StoreClient,
+        blocks: &BlockCache,
+        id: RecordingId,
+        bounds: v1::SpanBounds,
+    ) -> Result<Span> {
         let row = store.get(id).await.context("look up the recording")?;
         let manifest = Manifest::decode(&row.manifest)?;
         let images = blocks.images(&manifest.machine).await?;
@@ -127,9 +133,15 @@ pub async fn replay(span: Span, build: Build, control: Control) -> Result<Replay
 }
 
 /// Compares the recorded build with `against` over a span, in lockstep.
-pub async fn lockstep(span: Span, against: Build, every_instruction: bool, control: Control) -> Result<TaskResult> {
+pub async fn lockstep(
+    span: Span,
+    against: Build,
+    every_instruction: bool,
+    control: Control,
+) -> Result<TaskResult> {
     let done = tokio::task::spawn_blocking(move || {
-        let recorded: Build = span.build().parse().map_err(|e: heddle_replay_engine::builds::UnknownBuild| e.to_string())?;
+        let recorded: Build =
+            span.build().parse().map_err(|e: heddle_replay_engine::builds::UnknownBuild| e.to_string())?;
         let make = || Ok(Pair { a: span.emulator(recorded)?, b: span.emulator(against)? });
         let to = if span.bounds.to_icount == 0 { u64::MAX } else { span.bounds.to_icount };
         let is_cancelled = || control.cancel.load(Ordering::Relaxed);

@@ -3,9 +3,9 @@
 use crate::blocks::BlockCache;
 use crate::replay::{Control, Span, lockstep, replay};
 use anyhow::{Context, Result, bail, ensure};
-use heddle_proto::verdict::TaskResult;
 use heddle_proto::v1::coordinator_client::CoordinatorClient;
 use heddle_proto::v1::node_server::{Node, NodeServer};
+use heddle_proto::verdict::TaskResult;
 use heddle_proto::{CheckpointKind, RecordingId, v1};
 use heddle_replay_engine::{BUILTIN, Build};
 use heddle_storage::{StoreClient, channel};
@@ -67,7 +67,8 @@ impl Worker {
         Ok(Worker {
             blocks: BlockCache::new(store.clone()),
             store,
-            coordinator: CoordinatorClient::new(channel).max_decoding_message_size(channel::MESSAGE_BYTES_MAX),
+            coordinator: CoordinatorClient::new(channel)
+                .max_decoding_message_size(channel::MESSAGE_BYTES_MAX),
             running: Arc::default(),
             instructions: Arc::default(),
             config: Arc::new(config),
@@ -198,8 +199,9 @@ impl Worker {
 /// role, and these are the roles that each kind can have been recorded on.
 fn check_roles(plan: &[v1::RolePlan]) -> Result<()> {
     for entry in plan {
-        CheckpointKind::by_name(&entry.checkpoint)
-            .with_context(|| format!("the plan names checkpoint {}, which this build does not know", entry.checkpoint))?;
+        CheckpointKind::by_name(&entry.checkpoint).with_context(|| {
+            format!("the plan names checkpoint {}, which this build does not know", entry.checkpoint)
+        })?;
         ensure!(["vcpu", "iothread"].contains(&entry.role.as_str()), "the plan names role {}", entry.role);
     }
     Ok(())

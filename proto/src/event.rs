@@ -166,9 +166,22 @@ pub const KINDS: usize = 16;
 
 /// Names of the kind codes, for people.
 pub const KIND_NAMES: [&str; KINDS] = [
-    "clock-host", "clock-virtual-rt", "init", "clock-warp-start", "clock-warp-account",
-    "clock-virtual", "clock-host-timers", "clock-virtual-rt-timers", "shutdown-checkpoint",
-    "bottom-half", "block", "char", "shutdown", "check", "digest", "end",
+    "clock-host",
+    "clock-virtual-rt",
+    "init",
+    "clock-warp-start",
+    "clock-warp-account",
+    "clock-virtual",
+    "clock-host-timers",
+    "clock-virtual-rt-timers",
+    "shutdown-checkpoint",
+    "bottom-half",
+    "block",
+    "char",
+    "shutdown",
+    "check",
+    "digest",
+    "end",
 ];
 
 impl Body {

@@ -34,10 +34,10 @@ macro_rules! hex_id {
         impl $name {
             /// Takes the id from raw bytes, as they travel on the wire.
             pub fn from_slice(bytes: &[u8]) -> Result<Self, IdError> {
-                bytes.try_into().map($name).map_err(|_| IdError {
-                    expected: $len * 2,
-                    got: format!("{} bytes", bytes.len()),
-                })
+                bytes
+                    .try_into()
+                    .map($name)
+                    .map_err(|_| IdError { expected: $len * 2, got: format!("{} bytes", bytes.len()) })
             }
             /// The raw bytes.
             pub fn to_vec(self) -> Vec<u8> {

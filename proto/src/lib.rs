@@ -3,9 +3,9 @@
 //! Start at [`event`], then [`chunk`]. Knows no I/O, no async, no wall clock.
 #![forbid(unsafe_code)]
 
-pub mod id;
-pub mod event;
 pub mod chunk;
+pub mod event;
+pub mod id;
 pub mod manifest;
 pub mod verdict;
 

@@ -26,8 +26,7 @@ impl Checks {
         match &event.body {
             Body::Clock { value, .. } => bytes.extend_from_slice(&value.to_le_bytes()),
             Body::Async(event) => match event {
-                heddle_proto::AsyncEvent::BottomHalf { id }
-                | heddle_proto::AsyncEvent::Block { id } => {
+                heddle_proto::AsyncEvent::BottomHalf { id } | heddle_proto::AsyncEvent::Block { id } => {
                     bytes.extend_from_slice(&id.to_le_bytes());
                 }
                 heddle_proto::AsyncEvent::Char { data } => bytes.extend_from_slice(data),

@@ -18,8 +18,7 @@ use crate::warp::Warp;
 use heddle_proto::manifest::{Positions, Sleep};
 use heddle_proto::verdict::{Proof, Side};
 use heddle_proto::{
-    AsyncEvent, Body, CheckpointKind, ClockKind, DivergenceKind, Event, Hash, Outcome,
-    Position, Verdict,
+    AsyncEvent, Body, CheckpointKind, ClockKind, DivergenceKind, Event, Hash, Outcome, Position, Verdict,
 };
 
 /// The real world, as a recording sees it.
@@ -42,6 +41,7 @@ pub enum Step {
 }
 
 /// The log, on either side.
+#[expect(clippy::large_enum_variant, reason = "one per emulator, never moved around")]
 pub enum Log {
     /// Events are written as they happen.
     Recorder(Recorder),
@@ -427,10 +427,7 @@ impl Emulator {
         let is_fixed = icount % self.positions.check_every == 0 || self.positions.is_digest(icount);
         if is_fixed {
             self.checks.fold(&self.machine.hart);
-            self.mark(Body::Check {
-                value: self.checks.running,
-                output: self.machine.uart.sent_fold,
-            });
+            self.mark(Body::Check { value: self.checks.running, output: self.machine.uart.sent_fold });
             if self.positions.is_digest(icount) {
                 self.mark_digest();
             }

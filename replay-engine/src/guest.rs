@@ -1,8 +1,8 @@
 //! The bundled guest: an embedded default that does what makes replay hard.
 
 use crate::machine::loader::Images;
-use heddle_proto::manifest::{Image, MachineSpec, Sleep};
 use heddle_proto::Hash;
+use heddle_proto::manifest::{Image, MachineSpec, Sleep};
 use std::sync::Arc;
 
 /// The guest's ELF; `guest/build` rebuilds it.
@@ -13,16 +13,12 @@ const DISK_BYTES: usize = 1 << 20;
 /// The guest's disk: the same bytes every time.
 pub fn disk() -> Vec<u8> {
     let mut rng = crate::schedule::Seeded::new(7);
-    (0..DISK_BYTES / 8).flat_map(|_| rng.next().to_le_bytes()).collect()
+    (0..DISK_BYTES / 8).flat_map(|_| rng.draw().to_le_bytes()).collect()
 }
 
 /// The guest's files.
 pub fn images() -> Images {
-    Images {
-        kernel: Some(Arc::from(LOOM_ELF)),
-        drives: vec![Arc::from(disk())],
-        ..Images::default()
-    }
+    Images { kernel: Some(Arc::from(LOOM_ELF)), drives: vec![Arc::from(disk())], ..Images::default() }
 }
 
 /// The machine it runs on; images are named, with hashes, but without block indexes.

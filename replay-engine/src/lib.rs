@@ -6,24 +6,24 @@
 //! the world decides, [`replay`] when the log does.
 #![forbid(unsafe_code)]
 
+pub mod builds;
+pub mod checks;
 pub mod emulator;
-pub mod record;
-pub mod replay;
-pub mod recorder;
-pub mod replayer;
+pub mod guest;
+pub mod io;
+pub mod lockstep;
+pub mod machine;
+pub mod page_tree;
 pub mod queue;
+pub mod record;
+pub mod recorder;
+pub mod replay;
+pub mod replayer;
 pub mod role;
+pub mod schedule;
+pub mod state;
 pub mod timer;
 pub mod warp;
-pub mod checks;
-pub mod page_tree;
-pub mod state;
-pub mod lockstep;
-pub mod builds;
-pub mod machine;
-pub mod guest;
-pub mod schedule;
-pub mod io;
 
 pub use builds::{BUILTIN, Build, Fault};
 pub use emulator::{Emulator, Step, World};

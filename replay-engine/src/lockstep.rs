@@ -139,11 +139,8 @@ fn scan(
         let registers_do = (stride == 1 || pair.is_traced()) && both_ran;
         let is_equal = if registers_do { pair.registers_equal() } else { pair.is_equal() };
         if !is_equal {
-            let instruction = if stride == 1 {
-                pair.a.machine_mut().instruction_at(pc)
-            } else {
-                String::new()
-            };
+            let instruction =
+                if stride == 1 { pair.a.machine_mut().instruction_at(pc) } else { String::new() };
             return Ok(Some((pc, instruction)));
         }
         *equal_at = next;

@@ -113,14 +113,12 @@ impl PageTree {
                         return Err(format!("a tree node has {} bytes, not {}", bytes.len(), len * 32));
                     }
                     for (i, hash) in bytes.chunks_exact(32).enumerate() {
-                        tree.levels[level - 1][from + i] =
-                            Hash(hash.try_into().expect("chunks of 32 bytes"));
+                        tree.levels[level - 1][from + i] = Hash(hash.try_into().expect("chunks of 32 bytes"));
                     }
                 }
             }
         }
-        let wanted: Vec<u32> =
-            (0..pages as u32).filter(|page| tree.page(*page) != Hash::ZERO).collect();
+        let wanted: Vec<u32> = (0..pages as u32).filter(|page| tree.page(*page) != Hash::ZERO).collect();
         for batch in wanted.chunks(FANOUT) {
             let hashes: Vec<Hash> = batch.iter().map(|page| tree.page(*page)).collect();
             for (index, bytes) in batch.iter().zip(source.blocks(&hashes)?) {

@@ -21,7 +21,7 @@ impl World for NoWorld {
 impl Emulator {
     fn next_event(&mut self) -> Option<Event> {
         let Log::Replayer(replayer) = &mut self.log else { return None };
-        let next = replayer.next().cloned();
+        let next = replayer.peek().cloned();
         if next.is_none() {
             self.has_ended = true;
         }

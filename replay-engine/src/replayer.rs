@@ -3,9 +3,7 @@
 
 use crate::role;
 use heddle_proto::verdict::Side;
-use heddle_proto::{
-    Body, CheckpointKind, ClockKind, Divergence, DivergenceKind, Event, Position, Role,
-};
+use heddle_proto::{Body, CheckpointKind, ClockKind, Divergence, DivergenceKind, Event, Position, Role};
 use std::collections::{BTreeMap, VecDeque};
 
 /// Where a replay's events come from, in order.
@@ -116,7 +114,7 @@ impl Replayer {
     }
 
     /// The next event; `None` once the replay has ended, the log's end included.
-    pub fn next(&mut self) -> Option<&Event> {
+    pub fn peek(&mut self) -> Option<&Event> {
         if self.outcome.is_some() {
             return None;
         }
@@ -164,7 +162,7 @@ impl Replayer {
     fn take(&mut self) -> Event {
         self.index += 1;
         self.progress();
-        self.buffer.pop_front().expect("next() has shown an event")
+        self.buffer.pop_front().expect("peek() has shown an event")
     }
 
     /// Something happened: what was offered before counts no more.
@@ -187,7 +185,7 @@ impl Replayer {
 
     /// Ends the replay: `found` came where the log has its next event.
     pub fn diverge_from_next(&mut self, kind: DivergenceKind, found: Side, pc: u64) {
-        let Some(next) = self.next() else { return };
+        let Some(next) = self.peek() else { return };
         let (expected, icount) = (side_of(next), next.icount);
         let wrong_role = kind == DivergenceKind::WrongRole;
         self.role_mismatches += u64::from(wrong_role);
@@ -195,10 +193,15 @@ impl Replayer {
     }
 
     /// Asks for a turn at a site: `offered` is all that this role could run now.
-    pub fn checkpoint(&mut self, offered: &[CheckpointKind], icount: u64, pc: u64) -> Option<(CheckpointKind, Turn)> {
+    pub fn checkpoint(
+        &mut self,
+        offered: &[CheckpointKind],
+        icount: u64,
+        pc: u64,
+    ) -> Option<(CheckpointKind, Turn)> {
         let is_pinned = self.is_pinned;
         let role = role::current();
-        let next = self.next()?;
+        let next = self.peek()?;
         if let Body::Checkpoint(kind) = next.body
             && next.icount == icount
             && offered.contains(&kind)
@@ -214,7 +217,7 @@ impl Replayer {
     /// When neither role can go on, the replay has diverged, and this says how.
     fn decide(&mut self, icount: u64, pc: u64) {
         let [Some(_), Some(_)] = &self.offers else { return };
-        let Some(next) = self.next() else { return };
+        let Some(next) = self.peek() else { return };
         let (expected_role, body) = (next.role, next.body.clone());
         let other = expected_role.other();
         let offers = std::mem::take(&mut self.offers).map(Option::unwrap_or_default);
@@ -271,7 +274,7 @@ impl Replayer {
     /// Reads a clock at `icount`: the value that the log has.
     pub fn read_clock(&mut self, clock: ClockKind, icount: u64, pc: u64) -> Option<(Event, i64)> {
         let (role, is_pinned) = (role::current(), self.is_pinned);
-        let next = self.next()?;
+        let next = self.peek()?;
         let value = match next.body {
             Body::Clock { clock: logged, value } if logged == clock => Some(value),
             _ => None,
@@ -293,7 +296,7 @@ impl Replayer {
     /// The next event, if it is an async one of the checkpoint being flushed.
     pub fn next_async(&mut self, icount: u64, pc: u64) -> Option<Event> {
         let (role, is_pinned) = (role::current(), self.is_pinned);
-        let next = self.next()?;
+        let next = self.peek()?;
         if !next.body.is_async() {
             return None;
         }
@@ -326,7 +329,7 @@ impl Replayer {
     /// Compares a mark or the end of the run with the log's next event.
     pub fn expect(&mut self, icount: u64, body: &Body, pc: u64) -> Option<Event> {
         let role = role::current();
-        let next = self.next()?;
+        let next = self.peek()?;
         let kind = if next.body.code() != body.code() {
             match body {
                 Body::Shutdown { .. } | Body::End => DivergenceKind::LogLeftOver,

@@ -11,8 +11,7 @@ use heddle_proto::{Hash, Position};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// Which state a digest covers: all that this machine has.
-pub const COVERAGE: &str =
-    "ram, disk overlays, hart (registers, csrs, tlb, reservation), clint, plic, uart, rtc, \
+pub const COVERAGE: &str = "ram, disk overlays, hart (registers, csrs, tlb, reservation), clint, plic, uart, rtc, \
      virtio queues and requests in flight, timers, bottom halves, clock, warp";
 /// Version of [`SnapshotRoot`]; another one is refused by its number.
 const SNAPSHOT_VERSION: u32 = 1;
@@ -110,13 +109,7 @@ impl StateTree {
     }
 
     /// A snapshot of the state now. Changes nothing that the guest can see.
-    pub fn snapshot(
-        &mut self,
-        machine: &mut Machine,
-        rest: &Rest,
-        checks: Checks,
-        event: u64,
-    ) -> Snapshot {
+    pub fn snapshot(&mut self, machine: &mut Machine, rest: &Rest, checks: Checks, event: u64) -> Snapshot {
         self.update(machine);
         let leaves = leaves(machine, rest);
         let digest = self.root(&leaves);
@@ -194,16 +187,17 @@ impl StateTree {
         if tree.root(&leaves(machine, &rest)) != snapshot.digest {
             return Err("the restored state does not have the snapshot's digest".into());
         }
-        Ok(Restored { tree, rest, checks: snapshot.checks, position: snapshot.position, digest: snapshot.digest })
+        Ok(Restored {
+            tree,
+            rest,
+            checks: snapshot.checks,
+            position: snapshot.position,
+            digest: snapshot.digest,
+        })
     }
 
     /// Names the parts that differ between two states: pages and leaves.
-    pub fn differences(
-        &self,
-        other: &StateTree,
-        machines: [&Machine; 2],
-        rests: [&Rest; 2],
-    ) -> Vec<String> {
+    pub fn differences(&self, other: &StateTree, machines: [&Machine; 2], rests: [&Rest; 2]) -> Vec<String> {
         let mut out = vec![];
         let pages = |a: &PageTree, b: &PageTree, count: usize| -> Vec<u32> {
             (0..count as u32).filter(|page| a.page(*page) != b.page(*page)).collect()

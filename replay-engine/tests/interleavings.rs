@@ -3,12 +3,12 @@
 //! `HEDDLE_SEEDS=N` tries N seeds, `HEDDLE_SEED=S` that one alone.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+use heddle_proto::Hash;
 use heddle_proto::manifest::{Positions, Sleep};
 use heddle_proto::{AsyncEvent, Body, CheckpointKind, DivergenceKind, Event, Position, Role, Verdict};
 use heddle_replay_engine::page_tree::BlockSource;
 use heddle_replay_engine::schedule::{self, Seeded};
 use heddle_replay_engine::{AsyncQueue, Build, Emulator, Fault, LogEnd, Replayer, Snapshot, guest};
-use heddle_proto::Hash;
 use std::collections::HashMap;
 
 const TURNS: u64 = 4_000_000;
@@ -136,7 +136,12 @@ fn snapshots_anywhere_change_nothing_and_start_a_replay() {
             let rest = recorded.events[from.event as usize..].to_vec();
             let replayer = replayer(rest, from, LogEnd::Complete);
             let mut emulator = Emulator::replay(
-                guest::short(2, 1).unwrap(), replayer, positions(), recorded.sleep, Build::default());
+                guest::short(2, 1).unwrap(),
+                replayer,
+                positions(),
+                recorded.sleep,
+                Build::default(),
+            );
             assert_eq!(emulator.restore(snapshot.root, &mut blocks).unwrap(), from);
             assert_eq!(emulator.digest(), snapshot.digest);
             schedule::replay(&mut emulator, seed + 2);
@@ -167,8 +172,13 @@ fn position_of(recorded: &Recorded, nth: usize, what: impl Fn(&Body) -> bool) ->
 #[test]
 fn a_flipped_role_is_named_at_once_for_every_kind_of_checkpoint() {
     let recorded = record(1, 2);
-    for kind in [CheckpointKind::ClockWarpStart, CheckpointKind::ClockWarpAccount,
-                 CheckpointKind::ClockVirtual, CheckpointKind::ClockVirtualRt, CheckpointKind::Init] {
+    for kind in [
+        CheckpointKind::ClockWarpStart,
+        CheckpointKind::ClockWarpAccount,
+        CheckpointKind::ClockVirtual,
+        CheckpointKind::ClockVirtualRt,
+        CheckpointKind::Init,
+    ] {
         let at = position_of(&recorded, 0, |body| *body == Body::Checkpoint(kind));
         let mut events = recorded.events.clone();
         events[at].role = events[at].role.other();
@@ -193,7 +203,9 @@ fn every_other_kind_of_divergence_is_named() {
     diverges(events, &recorded, DivergenceKind::WrongKind, at);
 
     // Wrong icount: the clock is read by another instruction.
-    let at = position_of(&recorded, 0, |body| matches!(body, Body::Clock { clock: heddle_proto::ClockKind::Host, .. }));
+    let at = position_of(&recorded, 0, |body| {
+        matches!(body, Body::Clock { clock: heddle_proto::ClockKind::Host, .. })
+    });
     for shift in [-3i64, 3] {
         let mut events = recorded.events.clone();
         events[at].icount = events[at].icount.wrapping_add_signed(shift);
@@ -207,7 +219,9 @@ fn every_other_kind_of_divergence_is_named() {
     diverges(events, &recorded, DivergenceKind::WrongPayload, at);
 
     // State: a clock value that the guest then holds in a register.
-    let at = position_of(&recorded, 0, |body| matches!(body, Body::Clock { clock: heddle_proto::ClockKind::Host, .. }));
+    let at = position_of(&recorded, 0, |body| {
+        matches!(body, Body::Clock { clock: heddle_proto::ClockKind::Host, .. })
+    });
     let mut events = recorded.events.clone();
     if let Body::Clock { value, .. } = &mut events[at].body {
         *value ^= 1 << 13;
@@ -237,7 +251,10 @@ fn every_other_kind_of_divergence_is_named() {
     let at = position_of(&recorded, 0, |body| matches!(body, Body::Shutdown { .. }));
     let mut events = recorded.events.clone();
     let icount = events[at].icount;
-    events.insert(at, Event { icount, role: Role::Vcpu, body: Body::Checkpoint(CheckpointKind::ClockWarpAccount) });
+    events.insert(
+        at,
+        Event { icount, role: Role::Vcpu, body: Body::Checkpoint(CheckpointKind::ClockWarpAccount) },
+    );
     diverges(events, &recorded, DivergenceKind::LogLeftOver, at);
 }
 
@@ -249,7 +266,12 @@ fn without_pinning_the_guest_can_tell() {
         let mut replayer = replayer(recorded.events.clone(), Position::default(), LogEnd::Complete);
         replayer.unpin();
         let mut emulator = Emulator::replay(
-            guest::short(2, 1).unwrap(), replayer, positions(), recorded.sleep, Build::default());
+            guest::short(2, 1).unwrap(),
+            replayer,
+            positions(),
+            recorded.sleep,
+            Build::default(),
+        );
         schedule::replay(&mut emulator, seed);
         differing += u32::from(!emulator.verdict().unwrap().is_match());
     }
@@ -272,7 +294,10 @@ fn a_planted_fault_is_found_at_its_instruction_or_shown_masked() {
             Emulator::replay(
                 guest::short(2, 1).unwrap(),
                 replayer(recorded.events.clone(), Position::default(), LogEnd::Complete),
-                positions(), recorded.sleep, Build { fault })
+                positions(),
+                recorded.sleep,
+                Build { fault },
+            )
         };
         let make = || Ok(Pair { a: side(None), b: side(Some(fault)) });
         let mut b = side(Some(fault));
@@ -308,7 +333,12 @@ fn a_log_cut_anywhere_ends_in_a_clear_verdict() {
         // Known to be cut, the same prefix is a match up to its last event.
         let replayer = replayer(events.clone(), Position::default(), LogEnd::Cut);
         let mut emulator = Emulator::replay(
-            guest::short(2, 1).unwrap(), replayer, positions(), recorded.sleep, Build::default());
+            guest::short(2, 1).unwrap(),
+            replayer,
+            positions(),
+            recorded.sleep,
+            Build::default(),
+        );
         schedule::replay(&mut emulator, cut as u64);
         let verdict = emulator.verdict().unwrap();
         assert!(verdict.is_match(), "cut at {cut}: {:?}", verdict.outcome);
@@ -335,8 +365,11 @@ fn a_log_changed_anywhere_never_panics_and_never_hangs() {
                 let other = rng.below(events.len() as u64) as usize;
                 events.swap(at, other);
             }
-            5 => events[at].body = recorded.events[rng.below(recorded.events.len() as u64) as usize].body.clone(),
-            _ => events[at].icount = rng.next(),
+            5 => {
+                events[at].body =
+                    recorded.events[rng.below(recorded.events.len() as u64) as usize].body.clone()
+            }
+            _ => events[at].icount = rng.draw(),
         }
         let is_same = events == recorded.events;
         let (verdict, _) = replay(events, recorded.sleep, 2, change as u64);

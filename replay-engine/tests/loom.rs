@@ -28,7 +28,12 @@ impl RecordSink for Kept {
 }
 
 fn positions() -> Positions {
-    Positions { check_every: 1_000_000, digest_every: 10_000_000, snapshot_every: 20_000_000, snapshots_at: vec![] }
+    Positions {
+        check_every: 1_000_000,
+        digest_every: 10_000_000,
+        snapshot_every: 20_000_000,
+        snapshots_at: vec![],
+    }
 }
 
 #[test]

@@ -196,7 +196,14 @@ impl Entry<'_> {
         Ok(Outcome::Committed { events: row.events })
     }
 
-    fn seal(&mut self, id: RecordingId, epoch: u64, events: u64, last: Hash, cut: bool) -> Result<Outcome, Error> {
+    fn seal(
+        &mut self,
+        id: RecordingId,
+        epoch: u64,
+        events: u64,
+        last: Hash,
+        cut: bool,
+    ) -> Result<Outcome, Error> {
         let mut row = match self.writable(id, epoch)? {
             Ok(row) => row,
             Err(refusal) => return Ok(Outcome::Refused(refusal)),
@@ -241,7 +248,12 @@ impl Entry<'_> {
         Ok(Outcome::Done)
     }
 
-    fn meta_write(&mut self, epoch: u64, puts: Vec<(String, u32)>, deletes: Vec<String>) -> Result<Outcome, Error> {
+    fn meta_write(
+        &mut self,
+        epoch: u64,
+        puts: Vec<(String, u32)>,
+        deletes: Vec<String>,
+    ) -> Result<Outcome, Error> {
         let newest = self.get::<u64>(&Key::epoch())?.unwrap_or(0);
         if epoch != newest {
             return Ok(Outcome::Refused(Refusal::Fenced { epoch: newest }));

@@ -236,11 +236,21 @@ impl Catalog {
     }
 
     /// Chunks from the one that holds `event` on, at most `count`, with their first events.
-    pub fn chunks_from(&self, id: RecordingId, event: u64, count: usize) -> Result<Vec<(u64, ChunkRow)>, Error> {
+    pub fn chunks_from(
+        &self,
+        id: RecordingId,
+        event: u64,
+        count: usize,
+    ) -> Result<Vec<(u64, ChunkRow)>, Error> {
         let first = Key::chunk(id, 0).0;
         let from = Key::chunk(id, event).0;
         let end = Key::chunk(id, u64::MAX).0;
-        let start = self.tree.range(first..=from.clone()).next_back().transpose()?.map_or(from, |(key, _)| key.to_vec());
+        let start = self
+            .tree
+            .range(first..=from.clone())
+            .next_back()
+            .transpose()?
+            .map_or(from, |(key, _)| key.to_vec());
         let rows = self.tree.range(start..=end).take(count).map(|row| {
             let (key, value) = row?;
             let first = key[17..].try_into().map_or(0, u64::from_be_bytes);

@@ -144,8 +144,10 @@ impl StoreClient {
                 Ok(Err(status)) => status,
                 Err(_) => Status::unavailable("no answer in time"),
             };
-            let is_transient =
-                matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled | Code::DeadlineExceeded | Code::Internal);
+            let is_transient = matches!(
+                status.code(),
+                Code::Unavailable | Code::Unknown | Code::Cancelled | Code::DeadlineExceeded | Code::Internal
+            );
             if !is_transient || Instant::now() >= until {
                 return Err(status.into());
             }
@@ -155,7 +157,13 @@ impl StoreClient {
     }
 
     /// Opens a recording for writing, or fences its writer.
-    pub async fn open(&self, id: RecordingId, token: &[u8], manifest: &[u8], fence: bool) -> Result<v1::OpenReply, StoreError> {
+    pub async fn open(
+        &self,
+        id: RecordingId,
+        token: &[u8],
+        manifest: &[u8],
+        fence: bool,
+    ) -> Result<v1::OpenReply, StoreError> {
         let request = v1::OpenRequest {
             recording: id.to_vec().into(),
             token: Bytes::copy_from_slice(token),
@@ -170,7 +178,14 @@ impl StoreClient {
     }
 
     /// Fixes the end of a recording.
-    pub async fn seal(&self, id: RecordingId, epoch: u64, events: u64, last_chunk: Hash, cut: bool) -> Result<(), StoreError> {
+    pub async fn seal(
+        &self,
+        id: RecordingId,
+        epoch: u64,
+        events: u64,
+        last_chunk: Hash,
+        cut: bool,
+    ) -> Result<(), StoreError> {
         let request = v1::SealRequest {
             recording: id.to_vec().into(),
             epoch,
@@ -187,8 +202,14 @@ impl StoreClient {
     }
 
     /// Registers a snapshot whose blocks are stored.
-    pub async fn add_snapshot(&self, id: RecordingId, epoch: u64, snapshot: v1::SnapshotRow) -> Result<(), StoreError> {
-        let request = v1::AddSnapshotRequest { recording: id.to_vec().into(), epoch, snapshot: Some(snapshot) };
+    pub async fn add_snapshot(
+        &self,
+        id: RecordingId,
+        epoch: u64,
+        snapshot: v1::SnapshotRow,
+    ) -> Result<(), StoreError> {
+        let request =
+            v1::AddSnapshotRequest { recording: id.to_vec().into(), epoch, snapshot: Some(snapshot) };
         self.call(|mut client| {
             let request = request.clone();
             async move { client.add_snapshot(request).await }
@@ -205,9 +226,9 @@ impl StoreClient {
 
     /// One recording.
     pub async fn get(&self, id: RecordingId) -> Result<v1::RecordingRow, StoreError> {
-        self.call(|mut client| async move {
-            client.get(v1::GetRequest { recording: id.to_vec().into() }).await
-        })
+        self.call(
+            |mut client| async move { client.get(v1::GetRequest { recording: id.to_vec().into() }).await },
+        )
         .await
     }
 
@@ -223,7 +244,8 @@ impl StoreClient {
             }
             let request = v1::ReadRequest { recording: id.to_vec().into(), from_event, to_event: to };
             let attempt = async {
-                let mut stream = self.leader()?.read(request).await.map_err(|s| self.transient(s))?.into_inner();
+                let mut stream =
+                    self.leader()?.read(request).await.map_err(|s| self.transient(s))?.into_inner();
                 while let Some(reply) = stream.message().await.map_err(|s| self.transient(s))? {
                     let chunk = Chunk::parse(reply.chunk).map_err(|e| StoreError::Corrupt(e.to_string()))?;
                     chunks.push(chunk);
@@ -297,7 +319,8 @@ impl StoreClient {
         let mut blocks = Vec::with_capacity(hashes.len());
         for hash in hashes {
             let block = stream.message().await.map_err(|s| self.transient(s))?;
-            let block = block.ok_or_else(|| StoreError::Unavailable("the stream of blocks ended early".into()))?;
+            let block =
+                block.ok_or_else(|| StoreError::Unavailable("the stream of blocks ended early".into()))?;
             let raw = zstd::bulk::decompress(&block.data, BLOCK_BYTES_MAX)
                 .map_err(|_| StoreError::Corrupt(format!("block {hash} does not decompress")))?;
             if Hash::of(&raw) != *hash {
@@ -319,7 +342,12 @@ impl StoreClient {
     }
 
     /// Writes a coordinator's rows.
-    pub async fn meta_write(&self, epoch: u64, puts: Vec<v1::MetaRow>, deletes: Vec<String>) -> Result<(), StoreError> {
+    pub async fn meta_write(
+        &self,
+        epoch: u64,
+        puts: Vec<v1::MetaRow>,
+        deletes: Vec<String>,
+    ) -> Result<(), StoreError> {
         let request = v1::MetaWriteRequest { epoch, puts, deletes };
         self.call(|mut client| {
             let request = request.clone();

@@ -16,7 +16,9 @@ pub enum Error {
         source: std::io::Error,
     },
     /// Bytes below the fsynced mark have changed.
-    #[error("{path} is corrupt at byte {offset}: {what}. Restore this replica's directory, or remove it and add a new replica")]
+    #[error(
+        "{path} is corrupt at byte {offset}: {what}. Restore this replica's directory, or remove it and add a new replica"
+    )]
     Corrupt {
         /// The file.
         path: PathBuf,

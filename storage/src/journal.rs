@@ -229,8 +229,13 @@ fn segment_numbers(dir: &Path) -> Result<Vec<u64>, Error> {
 
 fn create_segment(reader: &JournalReader, number: u64, first_lsn: u64) -> Result<File, Error> {
     let path = segment_path(&reader.dir, number);
-    let mut file =
-        OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path).at("create", &path)?;
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&path)
+        .at("create", &path)?;
     let mut header = SEGMENT_MAGIC.to_vec();
     header.extend_from_slice(&VERSION.to_le_bytes());
     header.extend_from_slice(&first_lsn.to_le_bytes());
@@ -290,7 +295,8 @@ fn scan(
     next_lsn: &mut u64,
     frame: &mut impl FnMut(Frame, Location),
 ) -> Result<u64, Error> {
-    let corrupt = |offset: usize, what: String| Error::Corrupt { path: path.into(), offset: offset as u64, what };
+    let corrupt =
+        |offset: usize, what: String| Error::Corrupt { path: path.into(), offset: offset as u64, what };
     let header = bytes.get(..HEADER_BYTES as usize);
     let header = header.ok_or_else(|| corrupt(0, "the segment has no header".into()))?;
     let version = u32::from_le_bytes(header[4..8].try_into().expect("4 bytes"));
@@ -312,7 +318,8 @@ fn scan(
                     return Err(corrupt(at, "a frame is damaged in the middle of the journal".into()));
                 }
                 if let Some(later) = frame_that_saw_synced(bytes, at, *next_lsn) {
-                    let what = format!("frame {next_lsn} was synced, as the frame at {later} says, and is damaged");
+                    let what =
+                        format!("frame {next_lsn} was synced, as the frame at {later} says, and is damaged");
                     return Err(corrupt(at, what));
                 }
                 break;

@@ -6,18 +6,18 @@
 //! store reads chunk headers only; what an event means it does not know.
 #![forbid(unsafe_code)]
 
+pub mod apply;
+pub mod catalog;
+pub mod channel;
+pub mod client;
+pub mod command;
 pub mod error;
 pub mod journal;
 pub mod raft_log;
-pub mod command;
-pub mod catalog;
-pub mod apply;
 pub mod replica;
-pub mod transport;
-pub mod service;
 pub mod server;
-pub mod client;
-pub mod channel;
+pub mod service;
+pub mod transport;
 
 pub use client::{StoreClient, StoreError};
 pub use server::{Replica, ReplicaConfig};

@@ -262,8 +262,12 @@ impl ReplicaLoop {
     /// A read whose answer was lost, with a leader that is gone, is asked again by its caller.
     fn expire_reads(&mut self) {
         let old = Duration::from_millis(500);
-        let expired: Vec<Vec<u8>> =
-            self.reads.iter().filter(|(_, (asked, _))| asked.elapsed() > old).map(|(c, _)| c.clone()).collect();
+        let expired: Vec<Vec<u8>> = self
+            .reads
+            .iter()
+            .filter(|(_, (asked, _))| asked.elapsed() > old)
+            .map(|(c, _)| c.clone())
+            .collect();
         for context in expired {
             if let Some((_, sender)) = self.reads.remove(&context) {
                 let _ = sender.send(Err(NotDone::Retry));

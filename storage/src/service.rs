@@ -152,9 +152,7 @@ fn internal(error: Error) -> Status {
 
 fn refusal_status(refusal: Refusal) -> Status {
     match refusal {
-        Refusal::Fenced { epoch } => {
-            Status::aborted(format!("FENCED: epoch {epoch} has taken over"))
-        }
+        Refusal::Fenced { epoch } => Status::aborted(format!("FENCED: epoch {epoch} has taken over")),
         Refusal::Conflict(what) => Status::already_exists(format!("CONFLICT: {what}")),
         Refusal::Gap { events } => Status::out_of_range(events.to_string()),
         Refusal::Sealed => Status::failed_precondition("SEALED: the recording has ended"),
@@ -359,14 +357,19 @@ impl LogStore for StoreService {
         let blocks = request.into_inner().blocks;
         let total: usize = blocks.iter().map(|block| block.data.len()).sum();
         if total > BULK_BYTES_MAX {
-            return Err(Status::invalid_argument(format!("{total} bytes of blocks; at most {BULK_BYTES_MAX}")));
+            return Err(Status::invalid_argument(format!(
+                "{total} bytes of blocks; at most {BULK_BYTES_MAX}"
+            )));
         }
         let mut rows = vec![];
         let mut bulk = Vec::with_capacity(total);
         for block in blocks {
             let name = hash(&block.hash)?;
-            let raw = zstd::bulk::decompress(&block.data, BLOCK_BYTES_MAX)
-                .map_err(|_| Status::invalid_argument(format!("block {name} does not decompress to at most {BLOCK_BYTES_MAX} bytes")))?;
+            let raw = zstd::bulk::decompress(&block.data, BLOCK_BYTES_MAX).map_err(|_| {
+                Status::invalid_argument(format!(
+                    "block {name} does not decompress to at most {BLOCK_BYTES_MAX} bytes"
+                ))
+            })?;
             if Hash::of(&raw) != name {
                 return Err(Status::invalid_argument(format!("block {name} has other bytes")));
             }
@@ -385,9 +388,9 @@ impl LogStore for StoreService {
             request.into_inner().hashes.iter().map(|bytes| hash(bytes)).collect();
         let hashes = hashes?;
         // A block that is not here yet may be committed and not applied.
-        let all_here = hashes.iter().all(|hash| {
-            self.catalog.get::<BlockRow>(&Key::block(*hash)).is_ok_and(|row| row.is_some())
-        });
+        let all_here = hashes
+            .iter()
+            .all(|hash| self.catalog.get::<BlockRow>(&Key::block(*hash)).is_ok_and(|row| row.is_some()));
         if !all_here {
             self.read_index().await?;
         }
@@ -451,10 +454,7 @@ impl LogStore for StoreService {
         Ok(Response::new(v1::MetaScanReply { rows: rows? }))
     }
 
-    async fn replicas(
-        &self,
-        _: Request<v1::ReplicasRequest>,
-    ) -> Result<Response<v1::ReplicasReply>, Status> {
+    async fn replicas(&self, _: Request<v1::ReplicasRequest>) -> Result<Response<v1::ReplicasReply>, Status> {
         let status = self.replica.status().await.ok_or_else(|| self.not_done(NotDone::Stopped))?;
         let address = |id: &u64| self.peers.get(id).cloned().unwrap_or_default();
         let me = v1::ReplicaRow {
@@ -467,7 +467,11 @@ impl LogStore for StoreService {
             journal_bytes: status.journal_bytes,
         };
         let peers = self.peers.iter().filter(|(id, _)| **id != status.id);
-        let peers = peers.map(|(id, address)| v1::ReplicaRow { id: *id, address: address.clone(), ..Default::default() });
+        let peers = peers.map(|(id, address)| v1::ReplicaRow {
+            id: *id,
+            address: address.clone(),
+            ..Default::default()
+        });
         Ok(Response::new(v1::ReplicasReply { me: Some(me), leader: status.leader, peers: peers.collect() }))
     }
 }

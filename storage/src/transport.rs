@@ -141,7 +141,9 @@ fn check(message: &GroupMessage, from: u64, to: u64) -> Result<Message, Status> 
     if decoded.from != from || decoded.to != to {
         return Err(bad("sender or receiver differ from the batch's"));
     }
-    let known = |kind| [EntryType::EntryNormal, EntryType::EntryConfChange, EntryType::EntryConfChangeV2].contains(&kind);
+    let known = |kind| {
+        [EntryType::EntryNormal, EntryType::EntryConfChange, EntryType::EntryConfChangeV2].contains(&kind)
+    };
     let ordered = decoded.entries.iter().zip(decoded.index + 1..).all(|(entry, index)| entry.index == index);
     let is_append = decoded.get_msg_type() == MessageType::MsgAppend;
     if !decoded.entries.iter().all(|entry| known(entry.get_entry_type())) || (is_append && !ordered) {
@@ -149,8 +151,12 @@ fn check(message: &GroupMessage, from: u64, to: u64) -> Result<Message, Status> 
     }
     let is_local = matches!(
         decoded.get_msg_type(),
-        MessageType::MsgHup | MessageType::MsgBeat | MessageType::MsgUnreachable
-            | MessageType::MsgSnapStatus | MessageType::MsgCheckQuorum | MessageType::MsgSnapshot
+        MessageType::MsgHup
+            | MessageType::MsgBeat
+            | MessageType::MsgUnreachable
+            | MessageType::MsgSnapStatus
+            | MessageType::MsgCheckQuorum
+            | MessageType::MsgSnapshot
     );
     if is_local {
         return Err(bad("this type never travels"));

@@ -9,18 +9,18 @@ use std::process::{Command, Stdio};
 #[tokio::test(flavor = "multi_thread")]
 async fn every_planted_defect_is_found_or_shown_masked() {
     let p = Processes::start(2, 10_000).await;
-    let recorded = p.heddle(&["record", "builtin", "--name", "guest", "--snapshot-every", "20000000", "-o", "json"]).await.expect(0);
+    let recorded = p
+        .heddle(&["record", "builtin", "--name", "guest", "--snapshot-every", "20000000", "-o", "json"])
+        .await
+        .expect(0);
     let end = recorded.json()["instructions"].as_u64().unwrap();
     let (mut exact, mut masked) = (0, 0);
     let first = std::env::var("HEDDLE_SEED").ok().and_then(|s| s.parse::<u64>().ok());
     let seeds = first.map_or(1..count(8, 100) + 1, |seed| seed..seed + 1);
     for seed in seeds {
         let mut rng = Seeded::new(seed);
-        let fault = Fault {
-            icount: 1 + rng.below(end),
-            register: 1 + rng.below(31) as u8,
-            bit: rng.below(64) as u8,
-        };
+        let fault =
+            Fault { icount: 1 + rng.below(end), register: 1 + rng.below(31) as u8, bit: rng.below(64) as u8 };
         let build = Build { fault: Some(fault) }.to_string();
         let hunt = p.heddle(&["hunt", "guest", "--against", &build, "--timeout", "120", "-o", "json"]).await;
         assert_eq!(hunt.code, 3, "HEDDLE_SEED={seed} {fault:?}: {} {}", hunt.out, hunt.err);
@@ -55,14 +55,19 @@ async fn a_match_every_time_under_load() {
     // Both cores are busy while recording and while replaying.
     let load = Command::new("stress").args(["--cpu", "2", "--timeout", "900"]).stdout(Stdio::null()).spawn();
     let _load = Load(load.expect("apt install stress"));
-    let recorded = p.heddle(&["record", "builtin", "--name", "guest", "--snapshot-every", "20000000", "-o", "json"]).await.expect(0).json();
+    let recorded = p
+        .heddle(&["record", "builtin", "--name", "guest", "--snapshot-every", "20000000", "-o", "json"])
+        .await
+        .expect(0)
+        .json();
     let replays = count(4, 50);
     let mut ends = std::collections::HashSet::new();
     for _ in 0..replays {
         let replay = p.heddle(&["replay", "guest", "--spans", "6", "-o", "json"]).await.expect(0).json();
         assert_eq!(replay["verdict"], "match");
         // A span matches only if the digest at its end, where a snapshot stands, is equal.
-        let digests: Vec<String> = replay["spans"].as_array().unwrap().iter().map(|s| s["digest"].to_string()).collect();
+        let digests: Vec<String> =
+            replay["spans"].as_array().unwrap().iter().map(|s| s["digest"].to_string()).collect();
         assert_eq!(digests.len(), 6);
         ends.insert(digests.join(" "));
         assert_eq!(replay["digest"], recorded["digest"]);

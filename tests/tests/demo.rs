@@ -7,7 +7,10 @@ use std::process::{Command, Stdio};
 fn processes_named(word: &str) -> usize {
     let entries = std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok());
     entries
-        .filter(|entry| std::fs::read(entry.path().join("cmdline")).is_ok_and(|line| String::from_utf8_lossy(&line).contains(word)))
+        .filter(|entry| {
+            std::fs::read(entry.path().join("cmdline"))
+                .is_ok_and(|line| String::from_utf8_lossy(&line).contains(word))
+        })
         .count()
 }
 
@@ -23,7 +26,15 @@ fn the_demo_tells_the_whole_story() {
         assert_eq!(story["verdict"], "match", "{}", said.err);
         assert!(story["instructions"].as_u64().unwrap() >= 200_000_000);
         assert_eq!((story["replicas"].as_u64(), story["nodes"].as_u64()), (Some(3), Some(2)));
-        for key in ["recording", "events", "chunks", "bytes_raw", "bytes_stored", "replay_serial_s", "replay_parallel_s"] {
+        for key in [
+            "recording",
+            "events",
+            "chunks",
+            "bytes_raw",
+            "bytes_stored",
+            "replay_serial_s",
+            "replay_parallel_s",
+        ] {
             assert!(!story[key].is_null(), "{key} is missing");
         }
         let start = &story["checkpoints"]["clock-warp-start"];

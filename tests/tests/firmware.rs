@@ -6,7 +6,8 @@ use std::path::Path;
 
 const OPENSBI: &str = "/usr/lib/riscv64-linux-gnu/opensbi/generic";
 const UBOOT: &str = "/usr/lib/u-boot/qemu-riscv64_smode/u-boot.bin";
-const TYPED: &[u8] = b"\nversion\nsetenv loom warp\nprintenv loom\nmd.l 0x80200000 2\nsleep 1\nvirtio info\npoweroff\n";
+const TYPED: &[u8] =
+    b"\nversion\nsetenv loom warp\nprintenv loom\nmd.l 0x80200000 2\nsleep 1\nvirtio info\npoweroff\n";
 
 fn boots(firmware: &str) {
     let bios = format!("{OPENSBI}/{firmware}");
@@ -15,10 +16,20 @@ fn boots(firmware: &str) {
     let disk = embedded.path().with_extension("disk");
     std::fs::write(&disk, vec![7; 1 << 20]).unwrap();
     let mut record = embedded.command();
-    record.args(["record", "builtin", "--name", "uboot", "--bios", &bios, "--kernel", UBOOT, "--prompt", "=> "]);
+    record.args([
+        "record", "builtin", "--name", "uboot", "--bios", &bios, "--kernel", UBOOT, "--prompt", "=> ",
+    ]);
     record.arg("--drive").arg(&disk).args(["--label", "kind=firmware"]);
     let recorded = run(&mut record, TYPED).expect(0);
-    for text in ["OpenSBI v1.1", "U-Boot 2023.01", "=> version", "loom=warp", "80200000:", "Capacity: 1.0 MB", "poweroff ..."] {
+    for text in [
+        "OpenSBI v1.1",
+        "U-Boot 2023.01",
+        "=> version",
+        "loom=warp",
+        "80200000:",
+        "Capacity: 1.0 MB",
+        "poweroff ...",
+    ] {
         assert!(recorded.out.contains(text), "{text:?} is not on the console:\n{}", recorded.out);
     }
     let replayed = embedded.heddle(&["replay", "uboot", "--console"]).expect(0);

@@ -19,7 +19,9 @@ fn middle(events: &[Event], is: impl Fn(&Event) -> bool) -> usize {
 #[tokio::test(flavor = "multi_thread")]
 async fn changed_logs_are_named() {
     let p = Processes::start(2, 5000).await;
-    p.heddle(&["record", "builtin", "--name", "good", "--snapshot-every", "20000000", "-o", "json"]).await.expect(0);
+    p.heddle(&["record", "builtin", "--name", "good", "--snapshot-every", "20000000", "-o", "json"])
+        .await
+        .expect(0);
     let row = p.row("good").await.unwrap();
     let events = log(&p, &row).await;
 
@@ -36,20 +38,32 @@ async fn changed_logs_are_named() {
     copy(&p.client.store, &row, "dropped", &changed, |event| event - u64::from(event > dropped as u64)).await;
 
     // Two neighbours of one icount: a completion before the bottom half that began it, say.
-    let swapped = (events.len() / 2..).find(|i| events[*i].icount == events[i + 1].icount
-        && !events[*i].body.is_mark() && !events[i + 1].body.is_mark() && events[*i].body != events[i + 1].body).unwrap();
+    let swapped = (events.len() / 2..)
+        .find(|i| {
+            events[*i].icount == events[i + 1].icount
+                && !events[*i].body.is_mark()
+                && !events[i + 1].body.is_mark()
+                && events[*i].body != events[i + 1].body
+        })
+        .unwrap();
     let mut changed = events.clone();
     changed.swap(swapped, swapped + 1);
     copy(&p.client.store, &row, "swapped", &changed, |event| event).await;
 
-    for (name, at, kind) in [("flipped", flipped, "changed"), ("dropped", dropped, "dropped"), ("swapped", swapped, "swapped")] {
+    for (name, at, kind) in
+        [("flipped", flipped, "changed"), ("dropped", dropped, "dropped"), ("swapped", swapped, "swapped")]
+    {
         let diff = p.heddle(&["diff", "good", name, "-o", "json"]).await.expect(3).json();
         assert_eq!((diff["event"].as_u64(), diff["kind"].as_str()), (Some(at as u64), Some(kind)), "{diff}");
         let hunt = p.heddle(&["hunt", name, "-o", "json"]).await.expect(3).json();
-        let (from, to) = (hunt["interval"]["from"]["event"].as_u64().unwrap(), hunt["interval"]["to"]["event"].as_u64().unwrap());
+        let (from, to) = (
+            hunt["interval"]["from"]["event"].as_u64().unwrap(),
+            hunt["interval"]["to"]["event"].as_u64().unwrap(),
+        );
         assert!(from <= at as u64 && at as u64 <= to, "{name}: event {at} is not in {from}..={to}");
         assert!(to - from < 200, "{name}: {from}..={to} is no narrow interval");
-        let listed: Vec<u64> = hunt["events"].as_array().unwrap().iter().map(|e| e["event"].as_u64().unwrap()).collect();
+        let listed: Vec<u64> =
+            hunt["events"].as_array().unwrap().iter().map(|e| e["event"].as_u64().unwrap()).collect();
         assert!(listed.contains(&(at as u64)), "{name}: the events of the interval are listed");
         assert_eq!(hunt["repeated"]["same"], true, "{name}: {}", hunt["repeated"]);
     }
@@ -64,7 +78,10 @@ async fn changed_logs_are_named() {
     let replay = p.heddle(&["replay", "role", "--timeout", "60", "-o", "json"]).await.expect(3).json();
     let divergence = &replay["divergence"];
     assert_eq!(divergence["kind"], "wrong-role");
-    assert_eq!((divergence["expected"]["role"].as_str(), divergence["found"]["role"].as_str()), (Some("vcpu"), Some("iothread")));
+    assert_eq!(
+        (divergence["expected"]["role"].as_str(), divergence["found"]["role"].as_str()),
+        (Some("vcpu"), Some("iothread"))
+    );
     assert_eq!(divergence["position"]["event"], at);
     assert!(divergence["expected"]["what"].as_str().unwrap().contains("ClockWarpStart"));
     assert_eq!(replay["role_mismatches"], 1);
@@ -81,11 +98,17 @@ async fn what_is_not_there_is_said_with_its_exit_code() {
     p.heddle(&["record", "builtin", "--name", "x", "--kernel", "/no/such/file"]).await.expect(2);
     let nonsense = p.cluster.dir().join("nonsense");
     std::fs::write(&nonsense, b"\x7fELF but no more").unwrap();
-    let said = p.heddle(&["record", "builtin", "--name", "x", "--kernel", nonsense.to_str().unwrap()]).await.expect(1);
+    let said = p
+        .heddle(&["record", "builtin", "--name", "x", "--kernel", nonsense.to_str().unwrap()])
+        .await
+        .expect(1);
     assert!(said.err.contains("ELF"), "{}", said.err);
     p.heddle(&["record", "builtin", "--name", "one", "--snapshot-every", "0", "-o", "name"]).await.expect(0);
     p.heddle(&["replay", "one", "--against", "qemu-99"]).await.expect(6);
-    let events = p.heddle(&["events", "one", "--kind", "clock-warp-start", "--role", "iothread", "-o", "json"]).await.expect(0);
+    let events = p
+        .heddle(&["events", "one", "--kind", "clock-warp-start", "--role", "iothread", "-o", "json"])
+        .await
+        .expect(0);
     assert!(!events.json().as_array().unwrap().is_empty());
     for kind in ["recordings", "jobs", "nodes", "replicas"] {
         for format in ["table", "wide", "json", "yaml", "name"] {

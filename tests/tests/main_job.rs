@@ -12,8 +12,16 @@ const NAME: &str = "guest";
 
 fn record(p: &Processes, more: &[&str]) -> Child {
     let mut command: Command = p.command().into();
-    command.args(["record", "builtin", "--name", NAME, "--snapshot-every", "20000000", "-o", "json"]).args(more);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true).spawn().unwrap()
+    command
+        .args(["record", "builtin", "--name", NAME, "--snapshot-every", "20000000", "-o", "json"])
+        .args(more);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap()
 }
 
 async fn finished(child: Child) -> Value {
@@ -67,7 +75,8 @@ async fn the_recorder_dies_and_the_durable_prefix_replays() {
     let mut recorder = record(&p, &[]);
     let acknowledged = p.committed(NAME, 60_000_000).await;
     recorder.kill().await.unwrap();
-    let cut = until("the recording to be cut", async || p.row(NAME).await.filter(|row| row.state == "cut")).await;
+    let cut =
+        until("the recording to be cut", async || p.row(NAME).await.filter(|row| row.state == "cut")).await;
     assert!(cut.committed_events >= acknowledged.committed_events);
     for spans in ["1", "3"] {
         let replay = replays(&p, spans).await;
@@ -142,7 +151,10 @@ async fn the_coordinator_and_a_node_die_in_the_middle_of_a_job() {
     assert_eq!(ended.outcome, "match");
     assert!(ended.tasks.iter().any(|task| task.attempt > 1), "the killed node's span was done again");
     // The same submission again is the same job, with the same verdict.
-    until("the coordinator to answer", async || p.client.coordinator.clone().submit(request.clone()).await.ok()).await;
+    until("the coordinator to answer", async || {
+        p.client.coordinator.clone().submit(request.clone()).await.ok()
+    })
+    .await;
     let jobs = p.heddle(&["get", "jobs", "-o", "json"]).await.expect(0).json();
     assert_eq!(jobs.as_array().unwrap().len(), 1);
     assert_eq!(jobs[0]["outcome"], "match");

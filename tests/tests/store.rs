@@ -28,7 +28,10 @@ async fn epochs_duplicates_gaps_and_conflicts() {
 
     p.leader().await;
     // Warm up the client's idea of the leader, which append relies on.
-    assert_eq!(store.seal(id, 99, 0, Hash::ZERO, false).await.unwrap_err().to_string(), "FENCED: epoch 1 has taken over");
+    assert_eq!(
+        store.seal(id, 99, 0, Hash::ZERO, false).await.unwrap_err().to_string(),
+        "FENCED: epoch 1 has taken over"
+    );
     assert_eq!(append(store, opened.epoch, &all[..5]).await.unwrap(), 500);
     assert_eq!(append(store, opened.epoch, &all[2..4]).await.unwrap(), 500, "duplicates are acknowledged");
     let gap = append(store, opened.epoch, &all[7..8]).await.unwrap_err();
@@ -77,7 +80,10 @@ async fn blocks_are_stored_once_and_checked() {
     let hashes: Vec<Hash> = blocks.iter().map(|(hash, _)| *hash).collect();
     let found = store.get_blocks(&hashes).await.unwrap();
     assert!(found.iter().zip(&blocks).all(|(found, (_, bytes))| found == bytes));
-    let lied = v1::Block { hash: hashes[0].to_vec().into(), data: heddle_storage::service::compress_block(b"other") };
+    let lied = v1::Block {
+        hash: hashes[0].to_vec().into(),
+        data: heddle_storage::service::compress_block(b"other"),
+    };
     let mut client = store.leader().unwrap();
     let status = client.put_blocks(v1::PutBlocksRequest { blocks: vec![lied] }).await.unwrap_err();
     assert!(status.message().contains("has other bytes"), "{status}");
@@ -122,14 +128,20 @@ async fn nothing_acknowledged_is_lost_to_kill_9() {
     let kills = count(4, 30);
     for kill in 0..kills {
         let before = *acked.borrow();
-        until("more chunks to be acknowledged", async || (*acked.borrow() > before || writer.is_finished()).then_some(())).await;
+        until("more chunks to be acknowledged", async || {
+            (*acked.borrow() > before || writer.is_finished()).then_some(())
+        })
+        .await;
         let victim = match kill % 3 {
             0 => p.leader().await,
             n => format!("replica-{n}"),
         };
         p.cluster.kill(&victim).await.unwrap();
         let before = *acked.borrow();
-        until("the other two to go on", async || (*acked.borrow() > before || writer.is_finished()).then_some(())).await;
+        until("the other two to go on", async || {
+            (*acked.borrow() > before || writer.is_finished()).then_some(())
+        })
+        .await;
         p.cluster.start_part(&victim).unwrap();
     }
     let promised = *acked.borrow();

@@ -14,8 +14,21 @@ const ARROWS: [(&str, &[&str]); 7] = [
     ("heddle-storage", &["heddle-proto"]),
     ("heddle-coordinator", &["heddle-proto", "heddle-storage"]),
     ("heddle-node", &["heddle-proto", "heddle-replay-engine", "heddle-storage"]),
-    ("heddle-cli", &["heddle-proto", "heddle-replay-engine", "heddle-storage", "heddle-coordinator", "heddle-node"]),
-    ("heddle-tests", &["heddle-proto", "heddle-replay-engine", "heddle-storage", "heddle-coordinator", "heddle-node", "heddle-cli"]),
+    (
+        "heddle-cli",
+        &["heddle-proto", "heddle-replay-engine", "heddle-storage", "heddle-coordinator", "heddle-node"],
+    ),
+    (
+        "heddle-tests",
+        &[
+            "heddle-proto",
+            "heddle-replay-engine",
+            "heddle-storage",
+            "heddle-coordinator",
+            "heddle-node",
+            "heddle-cli",
+        ],
+    ),
 ];
 
 /// What a crate must not know, as packages it may not depend on.

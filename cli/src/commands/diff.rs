@@ -20,7 +20,9 @@ pub async fn run(cluster: &Cluster, command: Diff, format: Format) -> Result<u8>
     let value = compare(&events_a, &events_b);
     match format {
         Format::Json | Format::Yaml => output::value(format, &value)?,
-        _ if value["equal"] == true => output::line(format!("equal: {} events", output::grouped(events_a.len() as u64)))?,
+        _ if value["equal"] == true => {
+            output::line(format!("equal: {} events", output::grouped(events_a.len() as u64)))?
+        }
         _ => output::line(format!(
             "{} at event {}\n   {:<12} {}\n   {:<12} {}",
             value["kind"].as_str().unwrap_or_default(),
@@ -47,7 +49,11 @@ pub fn compare(a: &[Event], b: &[Event]) -> Value {
         rest_a.iter().zip(rest_b).take(8).all(|(x, y)| x == y)
     };
     let body = |event: Option<&Event>| event.map(|event| event.body.clone());
-    let is_swapped = x.is_some() && y.is_some() && body(x) == body(next_y) && body(y) == body(next_x) && same_rest(at + 2, at + 2);
+    let is_swapped = x.is_some()
+        && y.is_some()
+        && body(x) == body(next_y)
+        && body(y) == body(next_x)
+        && same_rest(at + 2, at + 2);
     let kind = match (x, y) {
         (None, _) => "added",
         (_, None) => "dropped",
@@ -57,9 +63,11 @@ pub fn compare(a: &[Event], b: &[Event]) -> Value {
         _ if next_y == x && same_rest(at, at + 1) => "added",
         _ => "changed",
     };
-    let side = |event: Option<&Event>| event.map(|event| json!({
+    let side = |event: Option<&Event>| {
+        event.map(|event| json!({
         "icount": event.icount, "role": event.role, "what": event.body.to_string(), "text": event.to_string().trim(),
-    }));
+    }))
+    };
     json!({ "equal": false, "kind": kind, "event": at, "a": side(x), "b": side(y) })
 }
 
@@ -69,7 +77,9 @@ mod tests {
     use heddle_proto::{Body, Role};
 
     fn log() -> Vec<Event> {
-        (0..20).map(|i| Event { icount: i, role: Role::Vcpu, body: Body::Check { value: i * i, output: 0 } }).collect()
+        (0..20)
+            .map(|i| Event { icount: i, role: Role::Vcpu, body: Body::Check { value: i * i, output: 0 } })
+            .collect()
     }
 
     #[test]
@@ -78,15 +88,24 @@ mod tests {
         assert_eq!(compare(&a, &a)["equal"], true);
         let mut b = log();
         b.remove(7);
-        assert_eq!((compare(&a, &b)["kind"].as_str(), compare(&a, &b)["event"].as_u64()), (Some("dropped"), Some(7)));
+        assert_eq!(
+            (compare(&a, &b)["kind"].as_str(), compare(&a, &b)["event"].as_u64()),
+            (Some("dropped"), Some(7))
+        );
         assert_eq!(compare(&b, &a)["kind"], "added");
         let mut b = log();
         let (x, y) = (b[3].body.clone(), b[4].body.clone());
         (b[3].body, b[4].body) = (y, x);
-        assert_eq!((compare(&a, &b)["kind"].as_str(), compare(&a, &b)["event"].as_u64()), (Some("swapped"), Some(3)));
+        assert_eq!(
+            (compare(&a, &b)["kind"].as_str(), compare(&a, &b)["event"].as_u64()),
+            (Some("swapped"), Some(3))
+        );
         let mut b = log();
         b[9].body = Body::End;
-        assert_eq!((compare(&a, &b)["kind"].as_str(), compare(&a, &b)["event"].as_u64()), (Some("changed"), Some(9)));
+        assert_eq!(
+            (compare(&a, &b)["kind"].as_str(), compare(&a, &b)["event"].as_u64()),
+            (Some("changed"), Some(9))
+        );
         assert_eq!(compare(&a, &a[..12])["kind"], "dropped");
     }
 }

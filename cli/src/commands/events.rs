@@ -16,7 +16,9 @@ pub async fn run(cluster: &Cluster, command: Events, format: Format) -> Result<u
         None => None,
         Some(kind) => {
             let at = KIND_NAMES.iter().position(|name| name == kind);
-            Some(at.ok_or_else(|| coded(USAGE, format!("no kind {kind:?}; kinds are {}", KIND_NAMES.join(", "))))?)
+            Some(at.ok_or_else(|| {
+                coded(USAGE, format!("no kind {kind:?}; kinds are {}", KIND_NAMES.join(", ")))
+            })?)
         }
     };
     let recording = recordings::find(&cluster.store, &command.recording).await?;

@@ -43,7 +43,10 @@ fn select(rows: Vec<Value>, command: &Get) -> Result<Vec<Value>> {
         None => vec![],
         Some(selector) => selector
             .split(',')
-            .map(|pair| pair.split_once('=').ok_or_else(|| coded(USAGE, format!("-l {selector}: expected KEY=VALUE,..."))))
+            .map(|pair| {
+                pair.split_once('=')
+                    .ok_or_else(|| coded(USAGE, format!("-l {selector}: expected KEY=VALUE,...")))
+            })
             .collect::<Result<_>>()?,
     };
     for row in rows {

@@ -25,9 +25,12 @@ pub async fn run(cluster: &Cluster, command: Hunt, format: Format) -> Result<u8>
     let job = run_job(cluster, request, command.timeout, format).await?;
     let mut value = card(&job, began.elapsed().as_secs_f64());
     // What happened between the last good check and the first bad one.
-    if let (Some(from), Some(to)) = (value["interval"]["from"]["event"].as_u64(), value["interval"]["to"]["event"].as_u64()) {
+    if let (Some(from), Some(to)) =
+        (value["interval"]["from"]["event"].as_u64(), value["interval"]["to"]["event"].as_u64())
+    {
         let events = recordings::events(&cluster.store, recording.id()).await?;
-        let inside = events.iter().enumerate().skip(from as usize).take((to + 1).saturating_sub(from) as usize);
+        let inside =
+            events.iter().enumerate().skip(from as usize).take((to + 1).saturating_sub(from) as usize);
         value["events"] = inside
             .map(|(index, event)| json!({ "event": index, "icount": event.icount, "role": event.role, "what": event.body.to_string() }))
             .collect();
@@ -64,7 +67,8 @@ pub fn text(card: &Value, name: &str) -> String {
             None => ".",
         })
         .collect();
-    let nodes: std::collections::BTreeSet<&str> = spans.iter().filter_map(|s| s["node"].as_str()).filter(|n| !n.is_empty()).collect();
+    let nodes: std::collections::BTreeSet<&str> =
+        spans.iter().filter_map(|s| s["node"].as_str()).filter(|n| !n.is_empty()).collect();
     let mut out = format!(
         " spans           {} on {} node{}   {}   {:.1} s in all, {} instructions replayed\n",
         spans.len(),
@@ -89,11 +93,17 @@ pub fn text(card: &Value, name: &str) -> String {
     if finding.is_null() {
         out.push_str(&format!(
             "\n DIVERGED between icount {}, event {} and icount {}, event {}\n",
-            number(&interval["from"]["icount"]), number(&interval["from"]["event"]),
-            number(&interval["to"]["icount"]), number(&interval["to"]["event"])
+            number(&interval["from"]["icount"]),
+            number(&interval["from"]["event"]),
+            number(&interval["to"]["icount"]),
+            number(&interval["to"]["event"])
         ));
     } else {
-        out.push_str(&format!("\n DIVERGED at icount {}, event {}\n", number(&finding["icount"]), number(&finding["event"])));
+        out.push_str(&format!(
+            "\n DIVERGED at icount {}, event {}\n",
+            number(&finding["icount"]),
+            number(&finding["event"])
+        ));
     }
     for key in ["expected", "found"] {
         if let Ok(side) = serde_json::from_value::<heddle_proto::verdict::Side>(interval[key].clone()) {
@@ -104,12 +114,16 @@ pub fn text(card: &Value, name: &str) -> String {
         for event in card["events"].as_array().unwrap_or(&empty).iter().take(20) {
             out.push_str(&format!(
                 "   event     {} at icount {} on {}: {}\n",
-                event["event"], number(&event["icount"]), event["role"].as_str().unwrap_or_default(), event["what"].as_str().unwrap_or_default()
+                event["event"],
+                number(&event["icount"]),
+                event["role"].as_str().unwrap_or_default(),
+                event["what"].as_str().unwrap_or_default()
             ));
         }
         return out.trim_end().to_string();
     }
-    let differs: Vec<&str> = finding["differs"].as_array().unwrap_or(&empty).iter().filter_map(Value::as_str).collect();
+    let differs: Vec<&str> =
+        finding["differs"].as_array().unwrap_or(&empty).iter().filter_map(Value::as_str).collect();
     out.push_str(&format!(
         "   kind      {}\n   pc        {:#x}  {}\n   differs   {}\n",
         finding["kind"].as_str().unwrap_or_default(),
@@ -118,11 +132,18 @@ pub fn text(card: &Value, name: &str) -> String {
         differs.join(", ")
     ));
     if let (Some(from), Some(to)) = (finding["masked"]["from"].as_u64(), finding["masked"]["to"].as_u64()) {
-        out.push_str(&format!("   masked    equal again from icount {} on ({} instructions)\n", output::grouped(to), to - from));
+        out.push_str(&format!(
+            "   masked    equal again from icount {} on ({} instructions)\n",
+            output::grouped(to),
+            to - from
+        ));
     }
     if let Some(snapshot) = card["last_good_snapshot"].as_u64() {
         out.push_str(&format!("   last good snapshot at {}\n", output::grouped(snapshot)));
     }
-    out.push_str(&format!("   again     heddle hunt {name} --against {}", card["against"].as_str().unwrap_or_default()));
+    out.push_str(&format!(
+        "   again     heddle hunt {name} --against {}",
+        card["against"].as_str().unwrap_or_default()
+    ));
     out
 }

@@ -174,8 +174,7 @@ fn read_console(
     let is_terminal = std::io::stdin().is_terminal();
     let mut buffer = [0; 256];
     let mut pending: Vec<u8> = vec![];
-    loop {
-        let Ok(count @ 1..) = std::io::stdin().read(&mut buffer) else { break };
+    while let Ok(count @ 1..) = std::io::stdin().read(&mut buffer) {
         let bytes = &buffer[..count];
         if is_terminal && bytes.contains(&3) {
             let _ = interrupt.send(INTERRUPTED);

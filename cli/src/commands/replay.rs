@@ -84,7 +84,10 @@ async fn wait_job(cluster: &Cluster, request: v1::SubmitRequest, format: Format)
                 }
                 if row.state == "failed" {
                     let why: Value = serde_json::from_slice(&row.result).unwrap_or_default();
-                    return Err(coded(UNEXPECTED, format!("job {}: {}", row.id, why["error"].as_str().unwrap_or("failed"))));
+                    return Err(coded(
+                        UNEXPECTED,
+                        format!("job {}: {}", row.id, why["error"].as_str().unwrap_or("failed")),
+                    ));
                 }
                 if row.state != "running" {
                     return Ok(row);
@@ -173,7 +176,9 @@ fn print(value: &Value, name: &str, format: Format) -> Result<()> {
                 number("role_mismatches"),
                 value["seconds"].as_f64().unwrap_or(0.0),
             );
-            if let Ok(divergence) = serde_json::from_value::<heddle_proto::Divergence>(value["divergence"].clone()) {
+            if let Ok(divergence) =
+                serde_json::from_value::<heddle_proto::Divergence>(value["divergence"].clone())
+            {
                 text.push_str(&format!(
                     "\n DIVERGED, {}, at {}\n   expected  {}\n   found     {}\n   pc        {:#x}\n   last good {}",
                     divergence.kind, divergence.position, divergence.expected, divergence.found, divergence.pc, divergence.last_good
@@ -185,9 +190,18 @@ fn print(value: &Value, name: &str, format: Format) -> Result<()> {
 }
 
 /// Replays whole in this process and prints the console.
-async fn with_console(cluster: &Cluster, recording: &Recording, command: &Replay, format: Format) -> Result<u8> {
+async fn with_console(
+    cluster: &Cluster,
+    recording: &Recording,
+    command: &Replay,
+    format: Format,
+) -> Result<u8> {
     let began = Instant::now();
-    let build = command.against.as_deref().unwrap_or(&recording.manifest.build).parse()
+    let build = command
+        .against
+        .as_deref()
+        .unwrap_or(&recording.manifest.build)
+        .parse()
         .map_err(|error: heddle_replay_engine::builds::UnknownBuild| anyhow::Error::new(error))?;
     let blocks = BlockCache::new(cluster.store.clone());
     let span = Span::fetch(&cluster.store, &blocks, recording.id(), v1::SpanBounds::default()).await?;
@@ -212,7 +226,8 @@ async fn with_console(cluster: &Cluster, recording: &Recording, command: &Replay
     match format {
         // The console has standard output; the verdict must not be mixed into it.
         Format::Table | Format::Wide | Format::Name => eprintln!(
-            "{}: {}", command.recording,
+            "{}: {}",
+            command.recording,
             verdict.divergence().map_or_else(|| "match".to_string(), ToString::to_string)
         ),
         Format::Json | Format::Yaml => output::value(format, &value)?,

@@ -22,7 +22,8 @@ impl Story {
 
     /// A divergence card.
     pub fn card(&self, card: &str) {
-        let indented: Vec<String> = card.lines().map(|line| format!("            {line}").trim_end().to_string()).collect();
+        let indented: Vec<String> =
+            card.lines().map(|line| format!("            {line}").trim_end().to_string()).collect();
         self.print(&format!("\n{}\n", indented.join("\n")));
     }
 

@@ -62,7 +62,8 @@ fn a_lease_that_nobody_renews_goes_to_another() {
     let mut s = scheduler(JobKind::Replay, 1);
     let first = s.lease("one", &builds(), 1, 0).unwrap();
     assert!(s.lease("two", &builds(), 1, 50).is_none());
-    let beat = v1::HeartbeatRequest { node: "one".into(), running: vec!["j/0/1".into()], ..Default::default() };
+    let beat =
+        v1::HeartbeatRequest { node: "one".into(), running: vec!["j/0/1".into()], ..Default::default() };
     assert!(s.handle_heartbeat(&beat, 90).is_empty());
     s.expire(150);
     assert!(s.lease("two", &builds(), 1, 150).is_none(), "renewed");

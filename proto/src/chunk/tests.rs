@@ -11,12 +11,10 @@ fn body() -> impl Strategy<Value = Body> {
         (0usize..7).prop_map(|i| Body::Checkpoint(CheckpointKind::ALL[i])),
         any::<u64>().prop_map(|id| Body::Async(AsyncEvent::BottomHalf { id })),
         any::<u64>().prop_map(|id| Body::Async(AsyncEvent::Block { id })),
-        proptest::collection::vec(any::<u8>(), 0..40)
-            .prop_map(|data| Body::Async(AsyncEvent::Char { data })),
+        proptest::collection::vec(any::<u8>(), 0..40).prop_map(|data| Body::Async(AsyncEvent::Char { data })),
         any::<u16>().prop_map(|code| Body::Shutdown { code }),
         any::<u64>().prop_map(|value| Body::Check { value, output: !value }),
-        any::<[u8; 32]>()
-            .prop_map(|h| Body::Digest { root: Hash(h), history: Hash::of(&h) }),
+        any::<[u8; 32]>().prop_map(|h| Body::Digest { root: Hash(h), history: Hash::of(&h) }),
         Just(Body::End),
     ]
 }

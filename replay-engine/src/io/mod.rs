@@ -4,4 +4,4 @@ mod clocks;
 mod threads;
 
 pub use clocks::HostClocks;
-pub use threads::{Kick, RecordSink, Recording, Replay, ReplayOptions, replay, record};
+pub use threads::{Kick, RecordSink, Recording, Replay, ReplayOptions, record, replay};

@@ -5,8 +5,8 @@ use super::clocks::HostClocks;
 use crate::emulator::{Emulator, Step};
 use crate::queue::AsyncQueue;
 use crate::role;
-use crate::timer::TimerClock;
 use crate::state::Snapshot;
+use crate::timer::TimerClock;
 use heddle_proto::{AsyncEvent, ClockKind, Event, Hash, Position, Role, Verdict};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -182,11 +182,7 @@ pub fn record(
     })
 }
 
-fn spawn(
-    role: Role,
-    shared: Arc<Shared>,
-    body: fn(&Shared),
-) -> Result<thread::JoinHandle<()>, String> {
+fn spawn(role: Role, shared: Arc<Shared>, body: fn(&Shared)) -> Result<thread::JoinHandle<()>, String> {
     let parent = thread::current();
     thread::Builder::new()
         .name(role.to_string())
@@ -256,11 +252,8 @@ fn take_machine(shared: &Shared) -> MutexGuard<'_, State> {
 
 /// Waits until the doorbell rings or a deadline has come; the machine is free meanwhile.
 fn wait_for_work(shared: &Shared, mut state: MutexGuard<'_, State>) {
-    let deadlines = [
-        (TimerClock::VirtualRt, ClockKind::VirtualRt),
-        (TimerClock::Host, ClockKind::Host),
-    ]
-    .map(|(timer, clock)| (clock, state.emulator.deadline(timer)));
+    let deadlines = [(TimerClock::VirtualRt, ClockKind::VirtualRt), (TimerClock::Host, ClockKind::Host)]
+        .map(|(timer, clock)| (clock, state.emulator.deadline(timer)));
     let mut at_most = WAIT_MAX;
     for (clock, deadline) in deadlines {
         if let Some(deadline) = deadline {
@@ -272,10 +265,7 @@ fn wait_for_work(shared: &Shared, mut state: MutexGuard<'_, State>) {
 }
 
 /// Stands still, VirtualRt too, while the sink has no room.
-fn pause_while_full<'a>(
-    shared: &Shared,
-    mut state: MutexGuard<'a, State>,
-) -> MutexGuard<'a, State> {
+fn pause_while_full<'a>(shared: &Shared, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
     let is_full = |state: &State| state.sink.as_ref().is_some_and(|sink| sink.is_full());
     // Whoever found it first keeps the time.
     if state.is_paused || !is_full(&state) {

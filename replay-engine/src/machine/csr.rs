@@ -113,9 +113,18 @@ impl Machine {
     }
 
     fn write_mstatus(&mut self, value: u64) {
-        let mask = status::SIE | status::MIE | status::SPIE | status::MPIE | status::SPP
-            | status::MPP | status::MPRV | status::SUM | status::MXR | status::TVM
-            | status::TW | status::TSR;
+        let mask = status::SIE
+            | status::MIE
+            | status::SPIE
+            | status::MPIE
+            | status::SPP
+            | status::MPP
+            | status::MPRV
+            | status::SUM
+            | status::MXR
+            | status::TVM
+            | status::TW
+            | status::TSR;
         let mut value = value & mask;
         if value & status::MPP == 2 << status::MPP_SHIFT {
             value = value & !status::MPP | self.hart.mstatus & status::MPP;

@@ -3,9 +3,8 @@
 use super::decode::{Code, Op, SINK};
 
 const NAMES: [&str; 33] = [
-    "zero", "ra", "sp", "gp", "tp", "t0", "t1", "t2", "s0", "s1", "a0", "a1", "a2", "a3", "a4",
-    "a5", "a6", "a7", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9", "s10", "s11", "t3", "t4",
-    "t5", "t6", "zero",
+    "zero", "ra", "sp", "gp", "tp", "t0", "t1", "t2", "s0", "s1", "a0", "a1", "a2", "a3", "a4", "a5", "a6",
+    "a7", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9", "s10", "s11", "t3", "t4", "t5", "t6", "zero",
 ];
 
 /// The ABI name of register `n`.
@@ -28,8 +27,9 @@ pub fn disassemble(op: &Op, pc: u64) -> String {
         Jalr | Lb | Lh | Lw | Ld | Lbu | Lhu | Lwu => format!("{name} {rd}, {imm}({rs1})"),
         Beq | Bne | Blt | Bge | Bltu | Bgeu => format!("{name} {rs1}, {rs2}, {target:#x}"),
         Sb | Sh | Sw | Sd => format!("{name} {rs2}, {imm}({rs1})"),
-        Addi | Slti | Sltiu | Xori | Ori | Andi | Slli | Srli | Srai | Addiw | Slliw | Srliw
-        | Sraiw => format!("{name} {rd}, {rs1}, {imm}"),
+        Addi | Slti | Sltiu | Xori | Ori | Andi | Slli | Srli | Srai | Addiw | Slliw | Srliw | Sraiw => {
+            format!("{name} {rd}, {rs1}, {imm}")
+        }
         LrW | LrD => format!("{name} {rd}, ({rs1})"),
         code if (ScW as u8..=AmomaxuD as u8).contains(&(code as u8)) => {
             format!("{name} {rd}, {rs2}, ({rs1})")

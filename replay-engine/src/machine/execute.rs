@@ -129,13 +129,7 @@ impl Machine {
 
     /// Atomics, CSRs and privileged instructions: everything that is seldom or slow.
     #[inline(never)]
-    fn execute_rare(
-        &mut self,
-        op: Op,
-        pc: u64,
-        next: u64,
-        outside: &mut dyn Outside,
-    ) -> Result<u64, Trap> {
+    fn execute_rare(&mut self, op: Op, pc: u64, next: u64, outside: &mut dyn Outside) -> Result<u64, Trap> {
         use Code::*;
         let illegal = |machine: &mut Machine| Trap {
             cause: ILLEGAL,
@@ -273,8 +267,20 @@ impl Machine {
             AmoorW | AmoorD => old | value,
             AmominW | AmominD => old.min(value),
             AmomaxW | AmomaxD => old.max(value),
-            AmominuW | AmominuD => if unsigned(old) <= unsigned(value) { old } else { value },
-            _ => if unsigned(old) >= unsigned(value) { old } else { value },
+            AmominuW | AmominuD => {
+                if unsigned(old) <= unsigned(value) {
+                    old
+                } else {
+                    value
+                }
+            }
+            _ => {
+                if unsigned(old) >= unsigned(value) {
+                    old
+                } else {
+                    value
+                }
+            }
         };
         self.store::<N>(va, new as u64, outside)?;
         self.set(op.rd, old as u64);

@@ -35,7 +35,9 @@ pub enum LoadError {
     #[error("nothing to run: give a kernel, or firmware, or both")]
     Nothing,
     /// A file does not fit.
-    #[error("{what} does not fit: it needs {from:#x}..{to:#x}, RAM is {RAM_BASE:#x}..{end:#x}; give more memory")]
+    #[error(
+        "{what} does not fit: it needs {from:#x}..{to:#x}, RAM is {RAM_BASE:#x}..{end:#x}; give more memory"
+    )]
     DoesNotFit {
         /// The file.
         what: &'static str,
@@ -150,9 +152,7 @@ impl Layout {
         let to = at.saturating_add(bytes.len() as u64);
         self.check(what, at, to)?;
         let end = RAM_BASE + self.ram.len() as u64;
-        self.ram
-            .write(at - RAM_BASE, bytes)
-            .ok_or(LoadError::DoesNotFit { what, from: at, to, end })
+        self.ram.write(at - RAM_BASE, bytes).ok_or(LoadError::DoesNotFit { what, from: at, to, end })
     }
 
     fn check(&self, what: &'static str, from: u64, to: u64) -> Result<(), LoadError> {

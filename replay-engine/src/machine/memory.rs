@@ -108,9 +108,8 @@ impl Machine {
             let at = table.wrapping_add(index * 8).wrapping_sub(RAM_BASE);
             let entry = self.ram.load::<8>(at).ok_or(access.access_fault(va))?;
             let is_pointer = entry & (pte::R | pte::W | pte::X) == 0;
-            let bad = entry & pte::V == 0
-                || entry & (pte::R | pte::W) == pte::W
-                || entry & pte::RESERVED != 0;
+            let bad =
+                entry & pte::V == 0 || entry & (pte::R | pte::W) == pte::W || entry & pte::RESERVED != 0;
             if bad {
                 return Err(fault);
             }
@@ -148,11 +147,7 @@ impl Machine {
 
     /// Loads `N` bytes, zero-extended.
     #[inline(always)]
-    pub(super) fn load<const N: usize>(
-        &mut self,
-        va: u64,
-        outside: &mut dyn Outside,
-    ) -> Result<u64, Trap> {
+    pub(super) fn load<const N: usize>(&mut self, va: u64, outside: &mut dyn Outside) -> Result<u64, Trap> {
         if va as usize & (N - 1) != 0 && (va as usize & 0xfff) + N > 4096 {
             return self.load_across(va, N);
         }

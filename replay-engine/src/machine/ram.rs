@@ -21,12 +21,7 @@ impl Ram {
     /// `bytes` of zeros, a multiple of [`PAGE`].
     pub fn new(bytes: usize) -> Ram {
         assert!(bytes % PAGE == 0, "the manifest bounds memory to whole pages");
-        Ram {
-            bytes: vec![0; bytes],
-            flags: vec![0; bytes / PAGE],
-            dirty: vec![],
-            stale_code: vec![],
-        }
+        Ram { bytes: vec![0; bytes], flags: vec![0; bytes / PAGE], dirty: vec![], stale_code: vec![] }
     }
 
     /// Its size.

@@ -67,8 +67,7 @@ impl Uart {
 
     /// Whether the interrupt line is high.
     pub fn line(&self) -> bool {
-        (self.ier & IER_DATA != 0 && !self.fifo.is_empty())
-            || (self.ier & IER_SENT != 0 && self.sent_pending)
+        (self.ier & IER_DATA != 0 && !self.fifo.is_empty()) || (self.ier & IER_SENT != 0 && self.sent_pending)
     }
 
     /// Reads register `offset`.
@@ -113,8 +112,8 @@ impl Uart {
             0 => {
                 self.sent_pending = true;
                 self.sent_bytes += 1;
-                self.sent_fold = (self.sent_fold.rotate_left(7) ^ u64::from(value))
-                    .wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                self.sent_fold =
+                    (self.sent_fold.rotate_left(7) ^ u64::from(value)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
                 return Some(value);
             }
             1 if divisor_on => self.divisor[1] = value,
