@@ -302,6 +302,11 @@ impl Machine {
         text
     }
 
+    /// The id that the next bottom half or block request would get, whichever is larger.
+    pub fn next_async(&self) -> u64 {
+        self.next_bottom_half.max(self.next_request)
+    }
+
     /// Console bytes sent since the last call.
     pub fn take_console(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.console)
