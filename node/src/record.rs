@@ -22,6 +22,9 @@ use tokio::sync::mpsc;
 
 /// Bytes of snapshots that may wait for the store; beyond it the guest pauses.
 const SNAPSHOT_BYTES_MAX: u64 = 256 << 20;
+/// Typed bytes that may wait for the guest; beyond it standard input waits.
+const TYPED_BYTES_MAX: usize = 16 << 10;
+const TYPED_POLL: Duration = Duration::from_millis(10);
 /// How often the recorder tells the coordinator that it lives.
 const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
 
@@ -74,7 +77,7 @@ pub struct Watermarks {
 /// How the guest's console is connected.
 pub struct Console {
     /// What is typed.
-    pub input: mpsc::UnboundedReceiver<Vec<u8>>,
+    pub input: mpsc::Receiver<Vec<u8>>,
     /// Takes what is printed.
     pub output: Box<dyn FnMut(&[u8]) + Send>,
     /// A switch-off from outside: Ctrl-C.
@@ -335,14 +338,15 @@ fn wake(kick: &Mutex<Option<io::Kick>>) {
 }
 
 async fn type_input(
-    mut input: mpsc::UnboundedReceiver<Vec<u8>>,
+    mut input: mpsc::Receiver<Vec<u8>>,
     mut stop: mpsc::UnboundedReceiver<u16>,
     queue: AsyncQueue,
     kick: Arc<Mutex<Option<io::Kick>>>,
 ) {
     loop {
         tokio::select! {
-            Some(data) = input.recv() => queue.push(AsyncEvent::Char { data }),
+            Some(data) = input.recv(), if queue.typed_bytes() < TYPED_BYTES_MAX => queue.push(AsyncEvent::Char { data }),
+            () = tokio::time::sleep(TYPED_POLL), if queue.typed_bytes() >= TYPED_BYTES_MAX => {}
             Some(code) = stop.recv() => queue.request_shutdown(code),
             else => return,
         }

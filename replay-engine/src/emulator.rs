@@ -26,7 +26,7 @@ pub trait World {
     /// A clock, in nanoseconds. Each call may give a later value, never an earlier one.
     fn now(&mut self, clock: ClockKind) -> i64;
     /// Whether the vCPU should leave its run soon, for the other role.
-    fn must_exit(&self) -> bool;
+    fn must_exit(&mut self) -> bool;
 }
 
 /// What a step came to.
@@ -231,7 +231,11 @@ impl Emulator {
             checkpoints: replayer.checkpoints(),
             digest: Some(digest),
             coverage: COVERAGE.into(),
-            proof: if from == Position::default() { Proof::Whole } else { Proof::Spans },
+            proof: if from == Position::default() && replayer.goes_to_the_end() {
+                Proof::Whole
+            } else {
+                Proof::Spans
+            },
         })
     }
 
@@ -279,7 +283,8 @@ impl Emulator {
                 let event = match half {
                     Some(half) => AsyncEvent::BottomHalf { id: half.id },
                     None => loop {
-                        let event = recorder.queue.pop()?;
+                        let takes_typed = self.machine.takes_typed();
+                        let event = recorder.queue.pop(takes_typed)?;
                         if self.machine.expects(&event) {
                             break event;
                         }
@@ -457,7 +462,7 @@ impl Emulator {
     }
 
     /// The guest is off: final marks, and the end of the log.
-    fn end(&mut self, code: u16) {
+    pub(crate) fn end(&mut self, code: u16) {
         let pc = self.pc();
         self.machine.shutdown = Some(code);
         if let Some(event) = self.mark(Body::Shutdown { code }) {
@@ -497,7 +502,7 @@ impl Outside for Tape<'_> {
         value
     }
 
-    fn must_stop(&self) -> bool {
+    fn must_stop(&mut self) -> bool {
         match &*self.log {
             Log::Recorder(_) => self.world.must_exit(),
             Log::Replayer(replayer) => replayer.outcome().is_some(),

@@ -74,7 +74,7 @@ impl Emulator {
 
     fn has_async(&self) -> bool {
         let Log::Recorder(recorder) = &self.log else { return false };
-        !self.machine.bottom_halves.is_empty() || !recorder.queue.is_empty()
+        !self.machine.bottom_halves.is_empty() || !recorder.queue.is_empty(self.machine.takes_typed())
     }
 
     fn queue_shutdown(&self) -> Option<u16> {

@@ -13,7 +13,7 @@ impl World for NoWorld {
     fn now(&mut self, _: ClockKind) -> i64 {
         0
     }
-    fn must_exit(&self) -> bool {
+    fn must_exit(&mut self) -> bool {
         false
     }
 }
@@ -56,7 +56,8 @@ impl Emulator {
         if self.has_ended {
             return Step::Ended;
         }
-        if self.machine.icount < next.icount {
+        // Before the first checkpoint the vCPU goes nowhere, so both have to be asked.
+        if self.rest.is_started && self.machine.icount < next.icount {
             return Step::Wait;
         }
         self.offer(&self.sites(Role::Iothread))
@@ -113,13 +114,14 @@ impl Emulator {
             CheckpointKind::ClockVirtualRt => self.run_virtual_rt_timers(world),
             CheckpointKind::ClockHost => self.run_host_timers(world),
             CheckpointKind::Shutdown => {
+                self.pass_checkpoint(kind);
                 // The code is the log's: the switch-off came from outside.
-                let Log::Replayer(replayer) = &self.log else { return };
-                let code = match replayer.second() {
+                let Log::Replayer(replayer) = &mut self.log else { return };
+                let code = match replayer.peek().map(|event| &event.body) {
                     Some(Body::Shutdown { code }) => *code,
                     _ => 0,
                 };
-                self.switch_off(code);
+                self.end(code);
             }
         }
     }

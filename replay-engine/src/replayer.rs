@@ -140,9 +140,9 @@ impl Replayer {
         self.buffer.front()
     }
 
-    /// The body of the event after the next, if it is at hand.
-    pub fn second(&self) -> Option<&Body> {
-        self.buffer.get(1).map(|event| &event.body)
+    /// Whether the log is replayed to its end, not to a span's.
+    pub fn goes_to_the_end(&self) -> bool {
+        !matches!(self.end, LogEnd::Before(_))
     }
 
     /// Whether checkpoints run only on their recorded role.

@@ -47,8 +47,8 @@ impl World for ScheduledWorld {
             ClockKind::VirtualRt => self.virtual_rt,
         }
     }
-    fn must_exit(&self) -> bool {
-        false
+    fn must_exit(&mut self) -> bool {
+        self.rng.below(3) == 0
     }
 }
 

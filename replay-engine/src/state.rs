@@ -181,7 +181,16 @@ impl StateTree {
                 Ok(())
             })?);
         }
+        let shift = machine.clock.shift;
         let rest = put_leaves(machine, &snapshot.leaves)?;
+        let halves_agree = machine.bottom_halves.iter().all(|half| half.disk < machine.drives.len());
+        let fits = machine.clock.shift == shift
+            && machine.icount == snapshot.position.icount
+            && machine.plic.is_whole()
+            && halves_agree;
+        if !fits {
+            return Err("the snapshot's leaves do not fit the manifest's machine".into());
+        }
         machine.refresh();
         let tree = StateTree { ram, disks };
         if tree.root(&leaves(machine, &rest)) != snapshot.digest {
@@ -212,8 +221,14 @@ impl StateTree {
         }
         let (a, b) = (leaves(machines[0], rests[0]), leaves(machines[1], rests[1]));
         for ((name, a), (_, b)) in a.iter().zip(&b) {
-            if a != b && name != "hart" {
-                out.push(format!("device {name}"));
+            // Registers are named one by one, by who has both values; of a hart this is the rest.
+            let registers_alone =
+                machines[0].hart.x == machines[1].hart.x && machines[0].hart.pc == machines[1].hart.pc;
+            match name.as_str() {
+                "hart" if a != b && registers_alone => out.push("hart (csrs, tlb or reservation)".into()),
+                "hart" => {}
+                _ if a != b => out.push(format!("device {name}")),
+                _ => {}
             }
         }
         out

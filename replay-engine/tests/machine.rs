@@ -16,7 +16,7 @@ impl Outside for Nobody {
     fn read_clock(&mut self, _: ClockKind, icount: u64, _: &Hart) -> i64 {
         icount as i64
     }
-    fn must_stop(&self) -> bool {
+    fn must_stop(&mut self) -> bool {
         false
     }
 }

@@ -35,7 +35,7 @@ pub async fn run(cluster: &Cluster, command: RecordBuiltin, format: Format) -> R
     let request = request(&command, outbox_dir)?;
     let is_quiet = format == Format::Json || format == Format::Yaml || format == Format::Name;
     let (stop_sender, stop) = mpsc::unbounded_channel();
-    let (input_sender, input) = mpsc::unbounded_channel();
+    let (input_sender, input) = mpsc::channel(16);
     let (prompt_sender, prompts) = std::sync::mpsc::channel();
     let watcher = Watcher {
         until: command.until.clone().unwrap_or_default().into_bytes(),
@@ -167,7 +167,7 @@ impl Watcher {
 
 /// Standard input to the guest: as it comes, or line by line, each after a prompt.
 fn read_console(
-    input: &mpsc::UnboundedSender<Vec<u8>>,
+    input: &mpsc::Sender<Vec<u8>>,
     interrupt: &mpsc::UnboundedSender<u16>,
     prompts: Option<std::sync::mpsc::Receiver<()>>,
 ) {
@@ -181,7 +181,7 @@ fn read_console(
             return;
         }
         let Some(prompts) = &prompts else {
-            if input.send(bytes.to_vec()).is_err() {
+            if input.blocking_send(bytes.to_vec()).is_err() {
                 return;
             }
             continue;
@@ -189,7 +189,7 @@ fn read_console(
         pending.extend_from_slice(bytes);
         while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = pending.drain(..=end).collect();
-            if prompts.recv().is_err() || input.send(line).is_err() {
+            if prompts.recv().is_err() || input.blocking_send(line).is_err() {
                 return;
             }
         }

@@ -40,7 +40,7 @@ impl World for HostClocks {
         elapsed.as_nanos() as i64
     }
 
-    fn must_exit(&self) -> bool {
+    fn must_exit(&mut self) -> bool {
         self.exit.load(Ordering::Relaxed)
     }
 }

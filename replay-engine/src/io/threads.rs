@@ -88,6 +88,7 @@ struct State {
     submitted: Vec<u64>,
     is_paused: bool,
     console: Vec<u8>,
+    snapshots: Vec<Snapshot>,
 }
 
 impl Shared {
@@ -106,6 +107,7 @@ impl Shared {
                 submitted: vec![],
                 is_paused: false,
                 console: vec![],
+                snapshots: vec![],
             }),
             changed: Condvar::new(),
             exit,
@@ -134,6 +136,8 @@ impl State {
         self.submitted.append(&mut self.emulator.machine_mut().take_submitted());
         let Some(sink) = &mut self.sink else {
             self.console.extend(console);
+            self.snapshots.extend(snapshots);
+            self.submitted.clear();
             return;
         };
         if !events.is_empty() {
@@ -143,6 +147,25 @@ impl State {
             sink.console(&console);
         }
         snapshots.into_iter().for_each(|snapshot| sink.snapshot(snapshot));
+    }
+}
+
+/// However a role's thread ends, the other one and the one that waits are told. After
+/// a panic the execution has ended: its state is half a step.
+struct EndOfThread<'a> {
+    shared: &'a Shared,
+    parent: thread::Thread,
+}
+
+impl Drop for EndOfThread<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.shared.iothread_wants.store(false, Ordering::Relaxed);
+            self.shared.lock().emulator.give_up("a thread of the emulator panicked");
+            self.shared.changed.notify_all();
+            self.shared.doorbell.ring();
+        }
+        self.parent.unpark();
     }
 }
 
@@ -170,9 +193,7 @@ pub fn record(
     started(Kick(shared.clone()));
     let iothread = spawn(Role::Iothread, shared.clone(), record_iothread)?;
     let vcpu = spawn(Role::Vcpu, shared.clone(), record_vcpu)?;
-    for thread in [vcpu, iothread] {
-        thread.join().map_err(|_| "a thread of the emulator panicked".to_string())?;
-    }
+    join([vcpu, iothread])?;
     let mut state = shared.lock();
     Ok(Recording {
         position: state.emulator.position(),
@@ -182,13 +203,20 @@ pub fn record(
     })
 }
 
+/// Waits for both threads, also if the first has panicked.
+fn join(threads: [thread::JoinHandle<()>; 2]) -> Result<(), String> {
+    let ends = threads.map(thread::JoinHandle::join);
+    let all_well = ends.iter().all(Result::is_ok);
+    all_well.then_some(()).ok_or_else(|| "a thread of the emulator panicked".into())
+}
+
 fn spawn(role: Role, shared: Arc<Shared>, body: fn(&Shared)) -> Result<thread::JoinHandle<()>, String> {
     let parent = thread::current();
     thread::Builder::new()
         .name(role.to_string())
         .spawn(move || {
+            let _end = EndOfThread { shared: &shared, parent };
             role::enter(role, || body(&shared));
-            parent.unpark();
         })
         .map_err(|error| format!("start the {role} thread: {error}"))
 }
@@ -331,16 +359,15 @@ pub fn replay(emulator: Emulator, options: &ReplayOptions) -> Result<Replay, Str
     if let Some(verdict) = watch(&shared, &threads, options)? {
         return Ok(Replay { verdict, console: vec![], snapshots: vec![] });
     }
-    for thread in threads {
-        thread.join().map_err(|_| "a thread of the emulator panicked".to_string())?;
-    }
+    join(threads)?;
     let mut state = shared.lock();
     options.progress.store(state.emulator.machine().icount(), Ordering::Relaxed);
     if options.cancel.load(Ordering::Relaxed) && state.emulator.verdict().is_err() {
         return Err("cancelled".into());
     }
     let verdict = state.emulator.verdict()?;
-    let snapshots = state.emulator.take_snapshots();
+    state.deliver();
+    let snapshots = std::mem::take(&mut state.snapshots);
     Ok(Replay { verdict, console: std::mem::take(&mut state.console), snapshots })
 }
 

@@ -150,7 +150,7 @@ impl Machine {
                 } else {
                     self.timers.arm(TimerClock::Virtual, TimerId::Clint, due as i64);
                 }
-                self.work = true;
+                self.leave_for_work();
             }
             ClintWrite::Software | ClintWrite::Ignored => {}
         }
@@ -218,6 +218,11 @@ impl Machine {
             }
             Role::Iothread => self.hart.kick_pending = true,
         }
+    }
+
+    /// Whether the console has room for what is typed.
+    pub fn takes_typed(&self) -> bool {
+        self.uart.backlog() < crate::queue::TYPED_BYTES_MAX
     }
 
     /// Whether an async event has its counterpart: its request is in flight.

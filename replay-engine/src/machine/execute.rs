@@ -165,8 +165,7 @@ impl Machine {
                 self.attention = true;
             }
             SfenceVma if self.may(status::TVM) => {
-                let page = (op.rs1 != 0).then(|| self.x(op.rs1) >> 12);
-                self.hart.flush_tlb(page);
+                self.hart.flush_tlb();
                 self.update_paging();
             }
             _ => return Err(illegal(self)),
@@ -252,7 +251,7 @@ impl Machine {
         }
         // Both rights are those of a store: a page that can't be written faults as one.
         self.translate(va, Access::Store)?;
-        let raw = self.load::<N>(va, outside)?;
+        let raw = self.load::<N>(va, outside).map_err(|_| Access::Store.access_fault(va))?;
         let (old, value) = if N == 4 {
             (raw as i32 as i64, self.x(op.rs2) as i32 as i64)
         } else {

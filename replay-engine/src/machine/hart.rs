@@ -259,17 +259,10 @@ impl Hart {
         self.fetch_page = None;
     }
 
-    /// Forgets translations: all, or those of one virtual page.
-    pub fn flush_tlb(&mut self, page: Option<u64>) {
-        match page {
-            None => self.tlb.fill(TlbEntry::EMPTY),
-            Some(vpn) => {
-                let entry = &mut self.tlb[vpn as usize % TLB_ENTRIES];
-                if entry.vpn == vpn {
-                    *entry = TlbEntry::EMPTY;
-                }
-            }
-        }
+    /// Forgets all translations. An addressed `sfence.vma` does the same: a large
+    /// page has many entries here, and all of them would have to go.
+    pub fn flush_tlb(&mut self) {
+        self.tlb.fill(TlbEntry::EMPTY);
         self.fetch_page = None;
     }
 

@@ -48,6 +48,18 @@ pub enum LoadError {
         /// RAM's end.
         end: u64,
     },
+    /// Two files want the same place.
+    #[error("{what} at {from:#x}..{to:#x} would overwrite the {other}; give more memory")]
+    Overlap {
+        /// The file.
+        what: &'static str,
+        /// What lies there.
+        other: &'static str,
+        /// Where it would begin.
+        from: u64,
+        /// Where it would end.
+        to: u64,
+    },
     /// A bad ELF.
     #[error("{what} is not a 64-bit little-endian RISC-V ELF: {why}")]
     Elf {
@@ -66,7 +78,7 @@ pub enum LoadError {
 
 /// Builds the machine at power-on.
 pub fn build(spec: &MachineSpec, images: &Images) -> Result<Machine, LoadError> {
-    let mut layout = Layout { ram: Ram::new(spec.memory_bytes as usize) };
+    let mut layout = Layout { ram: Ram::new(spec.memory_bytes as usize), taken: vec![] };
     let end = RAM_BASE + spec.memory_bytes;
     let (entry, kernel_entry) = match (&images.bios, &images.kernel) {
         (None, None) => return Err(LoadError::Nothing),
@@ -111,6 +123,8 @@ fn is_elf(bytes: &[u8]) -> bool {
 
 struct Layout {
     ram: Ram,
+    /// What lies where already.
+    taken: Vec<(&'static str, u64, u64)>,
 }
 
 impl Layout {
@@ -138,8 +152,8 @@ impl Layout {
             }
             let to = segment.p_paddr.checked_add(segment.p_memsz);
             let to = to.ok_or_else(|| bad("a segment wraps around".into()))?;
-            self.put(what, segment.p_paddr, data)?;
-            self.check(what, segment.p_paddr, to)?;
+            self.take(what, segment.p_paddr, to)?;
+            self.fill(what, segment.p_paddr, data)?;
             top = top.max(to);
         }
         if top == 0 {
@@ -149,17 +163,26 @@ impl Layout {
     }
 
     fn put(&mut self, what: &'static str, at: u64, bytes: &[u8]) -> Result<(), LoadError> {
-        let to = at.saturating_add(bytes.len() as u64);
-        self.check(what, at, to)?;
-        let end = RAM_BASE + self.ram.len() as u64;
-        self.ram.write(at - RAM_BASE, bytes).ok_or(LoadError::DoesNotFit { what, from: at, to, end })
+        self.take(what, at, at.saturating_add(bytes.len() as u64))?;
+        self.fill(what, at, bytes)
     }
 
-    fn check(&self, what: &'static str, from: u64, to: u64) -> Result<(), LoadError> {
+    fn fill(&mut self, what: &'static str, at: u64, bytes: &[u8]) -> Result<(), LoadError> {
+        let (to, end) = (at.saturating_add(bytes.len() as u64), RAM_BASE + self.ram.len() as u64);
+        let placed = at.checked_sub(RAM_BASE).and_then(|offset| self.ram.write(offset, bytes));
+        placed.ok_or(LoadError::DoesNotFit { what, from: at, to, end })
+    }
+
+    /// Claims a range: it must lie in RAM, and nothing else may lie there.
+    fn take(&mut self, what: &'static str, from: u64, to: u64) -> Result<(), LoadError> {
         let end = RAM_BASE + self.ram.len() as u64;
         if from < RAM_BASE || to > end {
             return Err(LoadError::DoesNotFit { what, from, to, end });
         }
+        if let Some((other, ..)) = self.taken.iter().find(|(_, a, b)| from < *b && *a < to) {
+            return Err(LoadError::Overlap { what, other, from, to });
+        }
+        self.taken.push((what, from, to));
         Ok(())
     }
 }

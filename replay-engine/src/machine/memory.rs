@@ -16,6 +16,16 @@ mod pte {
     pub(super) const RESERVED: u64 = 0x3ff << 54;
 }
 
+/// The bits of a physical page number.
+const PPN: u64 = 0xfff_ffff_ffff;
+
+/// A leaf entry: where it lies, what it is, and the page-number bits below its level.
+struct Leaf {
+    at: u64,
+    entry: u64,
+    low: u64,
+}
+
 /// What an access is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Access {
@@ -98,11 +108,32 @@ impl Machine {
     /// Walks the page table, sets A and D as hardware does, and fills the TLB.
     #[cold]
     fn walk(&mut self, va: u64, access: Access, mode: Mode) -> Result<u64, Trap> {
+        let Leaf { at, entry, low } = self.find_leaf(va, access, mode)?;
+        let mut updated = entry | pte::A;
+        if access == Access::Store {
+            updated |= pte::D;
+        }
+        if updated != entry {
+            self.ram.store::<8>(at, updated).ok_or(access.access_fault(va))?;
+            self.attention |= self.ram.has_stale_code();
+        }
+        let vpn = va >> 12;
+        let ppn = entry >> 10 & PPN | vpn & low;
+        let mut permissions = (updated & (pte::R | pte::X | pte::U)) as u8;
+        if updated & pte::D != 0 {
+            permissions |= (updated & pte::W) as u8;
+        }
+        self.hart.tlb[vpn as usize % TLB_ENTRIES] = TlbEntry { vpn, ppn, permissions };
+        Ok(ppn << 12 | va & 0xfff)
+    }
+
+    /// The leaf entry that maps `va`; changes nothing.
+    fn find_leaf(&self, va: u64, access: Access, mode: Mode) -> Result<Leaf, Trap> {
         let fault = access.page_fault(va);
         if (va as i64) << 25 >> 25 != va as i64 {
             return Err(fault);
         }
-        let mut table = (self.hart.satp & 0xfff_ffff_ffff) << 12;
+        let mut table = (self.hart.satp & PPN) << 12;
         for level in (0..3u32).rev() {
             let index = va >> (12 + 9 * level) & 511;
             let at = table.wrapping_add(index * 8).wrapping_sub(RAM_BASE);
@@ -110,39 +141,38 @@ impl Machine {
             let is_pointer = entry & (pte::R | pte::W | pte::X) == 0;
             let bad =
                 entry & pte::V == 0 || entry & (pte::R | pte::W) == pte::W || entry & pte::RESERVED != 0;
-            if bad {
+            if bad || (is_pointer && entry & (pte::U | pte::A | pte::D) != 0) {
                 return Err(fault);
             }
-            let ppn = entry >> 10 & 0xfff_ffff_ffff;
             if is_pointer {
-                if entry & (pte::U | pte::A | pte::D) != 0 {
-                    return Err(fault);
-                }
-                table = ppn << 12;
+                table = (entry >> 10 & PPN) << 12;
                 continue;
             }
             let low = (1u64 << (9 * level)) - 1;
-            if ppn & low != 0 || !self.allows(entry, access, mode) {
+            if entry >> 10 & low != 0 || !self.allows(entry, access, mode) {
                 return Err(fault);
             }
-            let mut updated = entry | pte::A;
-            if access == Access::Store {
-                updated |= pte::D;
-            }
-            if updated != entry {
-                self.ram.store::<8>(at, updated).ok_or(access.access_fault(va))?;
-                self.attention |= self.ram.has_stale_code();
-            }
-            let vpn = va >> 12;
-            let ppn = ppn | vpn & low;
-            let mut permissions = (updated & (pte::R | pte::X | pte::U)) as u8;
-            if updated & pte::D != 0 {
-                permissions |= (updated & pte::W) as u8;
-            }
-            self.hart.tlb[vpn as usize % TLB_ENTRIES] = TlbEntry { vpn, ppn, permissions };
-            return Ok(ppn << 12 | va & 0xfff);
+            return Ok(Leaf { at, entry, low });
         }
         Err(fault)
+    }
+
+    /// The instruction bits at `pc`, without a trace in TLB or page table.
+    pub(super) fn peek_bits(&self, pc: u64) -> Option<u32> {
+        let half = |va: u64| {
+            let pa = if self.hart.mode == Mode::Machine || self.hart.satp >> 60 == 0 {
+                va
+            } else {
+                let Leaf { entry, low, .. } = self.find_leaf(va, Access::Fetch, self.hart.mode).ok()?;
+                (entry >> 10 & PPN | va >> 12 & low) << 12 | va & 0xfff
+            };
+            self.ram.load::<2>(pa.wrapping_sub(RAM_BASE)).map(|bits| bits as u32)
+        };
+        let low = half(pc)?;
+        if low & 3 != 3 {
+            return Some(low);
+        }
+        Some(low | half(pc.wrapping_add(2))? << 16)
     }
 
     /// Loads `N` bytes, zero-extended.

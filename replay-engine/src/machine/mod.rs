@@ -44,7 +44,7 @@ pub trait Outside {
     /// The value of a recorded clock, read by the instruction at `icount`.
     fn read_clock(&mut self, clock: ClockKind, icount: u64, hart: &Hart) -> i64;
     /// Whether the run must end after this instruction.
-    fn must_stop(&self) -> bool;
+    fn must_stop(&mut self) -> bool;
 }
 
 /// Why a run ended.
@@ -231,13 +231,15 @@ impl Machine {
 
     fn run_loop<const TRACE: bool>(&mut self, until: u64, outside: &mut dyn Outside) -> Exit {
         loop {
+            // Before anything is attended to: what the last instruction made pending is
+            // taken at the next run's start, whoever asked this run to end.
+            if self.icount >= until {
+                return Exit::Budget;
+            }
             if self.attention
                 && let Some(exit) = self.attend(outside)
             {
                 return exit;
-            }
-            if self.icount >= until {
-                return Exit::Budget;
             }
             if TRACE && let Some(trace) = &mut self.trace {
                 *trace = (trace.rotate_left(1) ^ self.hart.quick_fold()).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -290,16 +292,12 @@ impl Machine {
         self.hart.lines = self.device_lines();
     }
 
-    /// The instruction at `pc`, if its page is mapped.
-    pub fn instruction_at(&mut self, pc: u64) -> String {
-        let saved = (self.hart.tlb.clone(), self.hart.fetch_page);
-        let text = match self.fetch_bits(pc) {
-            Ok(bits) => disasm::disassemble(&decode::decode(bits), pc),
-            Err(_) => "(not mapped)".into(),
-        };
-        // Looking must change nothing that the guest can see.
-        (self.hart.tlb, self.hart.fetch_page) = saved;
-        text
+    /// The instruction at `pc`, if its page is mapped. Looking changes nothing.
+    pub fn instruction_at(&self, pc: u64) -> String {
+        match self.peek_bits(pc) {
+            Some(bits) => disasm::disassemble(&decode::decode(bits), pc),
+            None => "(not mapped)".into(),
+        }
     }
 
     /// The id that the next bottom half or block request would get, whichever is larger.

@@ -35,6 +35,11 @@ impl Plic {
         }
     }
 
+    /// Whether it has all its sources: one from outside may not.
+    pub fn is_whole(&self) -> bool {
+        self.priority.len() == SOURCES
+    }
+
     /// Drives a source's line.
     pub fn set_level(&mut self, source: u32, high: bool) {
         let (word, bit) = (source as usize / 32, 1 << (source % 32));

@@ -57,6 +57,11 @@ impl Uart {
         self.fill();
     }
 
+    /// Typed bytes that wait.
+    pub fn backlog(&self) -> usize {
+        self.backlog.len()
+    }
+
     fn fill(&mut self) {
         let depth = if self.fifo_on { FIFO } else { 1 };
         while self.fifo.len() < depth {
