@@ -88,16 +88,16 @@ pub struct Up {
     #[arg(long, value_name = "DIR")]
     pub data: PathBuf,
     /// Replicas of the store.
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=9))]
     pub replicas: u64,
     /// Nodes.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(0..=64))]
     pub nodes: u64,
     /// Replays at once on each node.
     #[arg(long, default_value_t = 1)]
     pub slots: u32,
     /// A lease without a sign of life lasts so long, in milliseconds.
-    #[arg(long, default_value_t = 5000)]
+    #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u64).range(800..=3_600_000))]
     pub lease_ms: u64,
     /// Nodes offer builds with a planted fault, for tests and demos alone.
     #[arg(long)]
@@ -137,7 +137,7 @@ pub enum Serve {
         #[arg(long = "replica", value_name = "URL", required = true)]
         replicas: Vec<String>,
         /// A lease without a sign of life lasts so long, in milliseconds.
-        #[arg(long, default_value_t = 5000)]
+        #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u64).range(800..=3_600_000))]
         lease_ms: u64,
         /// End when the parent process ends.
         #[arg(long, hide = true)]
@@ -216,7 +216,7 @@ pub struct RecordBuiltin {
     #[arg(long, value_name = "DIR")]
     pub outbox: Option<PathBuf>,
     /// How much may wait before the guest pauses.
-    #[arg(long, default_value = "256M", value_parser = parse_bytes)]
+    #[arg(long, default_value = "256M", value_parser = parse_bytes_not_zero)]
     pub outbox_bytes: u64,
     /// End the recording, with exit code 0, once the console has printed this.
     #[arg(long, value_name = "TEXT")]
@@ -325,6 +325,10 @@ pub struct Diff {
     pub a: String,
     /// The other.
     pub b: String,
+}
+
+fn parse_bytes_not_zero(text: &str) -> Result<u64, String> {
+    parse_bytes(text).and_then(|bytes| if bytes == 0 { Err("at least 1 byte".into()) } else { Ok(bytes) })
 }
 
 fn parse_bytes(text: &str) -> Result<u64, String> {

@@ -43,10 +43,13 @@ pub struct Cluster {
     pub outbox_dir: PathBuf,
     /// The embedded cluster, if this process serves it.
     embedded: Option<Embedded>,
+    /// Keeps the process that serves the embedded cluster from ending.
+    _users: Option<File>,
 }
 
 struct Embedded {
     replica: Replica,
+    users: PathBuf,
     _lock: File,
 }
 
@@ -61,6 +64,9 @@ impl Cluster {
     }
 
     fn of(file: ClusterFile, outbox_dir: PathBuf, embedded: Option<Embedded>) -> Result<Cluster> {
+        if file.replicas.is_empty() {
+            return Err(coded(USAGE, "the cluster names no replicas"));
+        }
         let channel = connect(&file.coordinator).context("the coordinator's address")?;
         Ok(Cluster {
             store: StoreClient::new(file.replicas.clone()),
@@ -68,6 +74,7 @@ impl Cluster {
             file,
             outbox_dir,
             embedded,
+            _users: None,
         })
     }
 
@@ -91,7 +98,9 @@ impl Cluster {
         let info =
             info.map_err(|e| coded(NO_QUORUM, format!("no coordinator answers at {url}: {}", e.message())))?;
         let file = ClusterFile { replicas: info.into_inner().replicas, coordinator: url.into() };
-        Cluster::of(file, data_dir()?.join("outbox"), None)
+        // What waits for one cluster is nothing to another.
+        let name = format!("outbox-{}", heddle_proto::Hash::of(url.as_bytes()).short());
+        Cluster::of(file, data_dir()?.join(name), None)
     }
 
     /// One replica, coordinator and node in this process, over a Unix socket in
@@ -103,8 +112,17 @@ impl Cluster {
         let file = ClusterFile { replicas: vec![address.clone()], coordinator: address.clone() };
         let outbox_dir = dir.join("outbox");
         let lock = File::create(dir.join("lock")).with_context(|| format!("lock {}", dir.display()))?;
+        let users = File::create(dir.join("users")).with_context(|| format!("lock {}", dir.display()))?;
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-            return Cluster::of(file, outbox_dir, None);
+            // Who serves waits for its users before it ends; who is ending lets none in.
+            let users = tokio::task::spawn_blocking(move || {
+                flock(&users, FlockOperation::LockShared).map(|()| users)
+            });
+            let users = users.await?.context("join the cluster")?;
+            if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+                let cluster = Cluster::of(file, outbox_dir, None)?;
+                return Ok(Cluster { _users: Some(users), ..cluster });
+            }
         }
         let _ = std::fs::remove_file(&socket);
         let listener = tokio::net::UnixListener::bind(&socket)
@@ -141,18 +159,27 @@ impl Cluster {
         tokio::spawn(serve(Listener::Unix(listener), router_of, std::future::pending()));
         tokio::spawn(async move { worker.run().await });
         wait_ready(&file, 1, Duration::from_secs(20)).await?;
-        let cluster = Cluster::of(file, outbox_dir, Some(Embedded { replica, _lock: lock }))?;
+        let cluster =
+            Cluster::of(file, outbox_dir, Some(Embedded { replica, users: dir.join("users"), _lock: lock }))?;
         for said in heddle_node::record::recover(&cluster.store, &cluster.outbox_dir).await {
             eprintln!("heddle: {said}");
         }
         Ok(cluster)
     }
 
-    /// Leaves the cluster; an embedded one is stopped cleanly.
-    pub fn close(self) {
-        if let Some(embedded) = self.embedded {
-            embedded.replica.stop();
-        }
+    /// Leaves the cluster; an embedded one is stopped cleanly, once nobody uses it.
+    pub async fn close(self) {
+        let Some(Embedded { replica, users, _lock }) = self.embedded else { return };
+        let waiting = tokio::task::spawn_blocking(move || {
+            let file = File::create(users).ok()?;
+            if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+                eprintln!("heddle: waiting for others that use this embedded cluster");
+                flock(&file, FlockOperation::LockExclusive).ok()?;
+            }
+            Some(file)
+        });
+        let _nobody_else = waiting.await;
+        replica.stop();
     }
 }
 

@@ -32,8 +32,11 @@ pub fn main() -> ExitCode {
         let code = match commands::run(args).await {
             Ok(code) => code,
             Err(error) => {
-                eprintln!("heddle: {error:#}");
-                exit::code_of(&error)
+                let code = exit::code_of(&error);
+                if code != exit::OK {
+                    eprintln!("heddle: {error:#}");
+                }
+                code
             }
         };
         telemetry.stop().await;

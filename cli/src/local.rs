@@ -1,7 +1,7 @@
 //! A cluster of real processes on this machine, for `up`, `demo` and tests.
 
 use crate::cluster::{ClusterFile, FILE, wait_ready};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -78,7 +78,11 @@ impl LocalCluster {
         for id in 1..=cluster.config.nodes {
             cluster.start_part(&format!("node-{id}"))?;
         }
-        wait_ready(&cluster.file(), cluster.config.nodes as usize, Duration::from_secs(60)).await?;
+        let (file, nodes) = (cluster.file(), cluster.config.nodes as usize);
+        tokio::select! {
+            ready = wait_ready(&file, nodes, Duration::from_secs(60)) => ready?,
+            why = cluster.first_end() => bail!(why),
+        }
         let path = cluster.config.dir.join(FILE);
         let json = serde_json::to_vec_pretty(&cluster.file())?;
         std::fs::write(&path, json).with_context(|| format!("write {}", path.display()))?;
@@ -155,6 +159,16 @@ impl LocalCluster {
             }
         }
         None
+    }
+
+    /// Ends when a part has ended by itself.
+    async fn first_end(&mut self) -> String {
+        loop {
+            if let Some((_, why)) = self.ended() {
+                return why;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     }
 
     /// The process id of a part.

@@ -1,6 +1,7 @@
 //! Printing: tables for people, one shape of JSON and YAML for programs.
 
 use crate::args::Format;
+use crate::exit::{OK, coded};
 use anyhow::Result;
 use comfy_table::{Table, presets};
 use serde_json::Value;
@@ -45,7 +46,8 @@ pub fn value(format: Format, value: &Value) -> Result<()> {
 pub fn line(text: String) -> Result<()> {
     let mut out = std::io::stdout().lock();
     match writeln!(out, "{text}").and_then(|()| out.flush()) {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        // Nothing went wrong, and nobody reads on.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Err(coded(OK, "")),
         done => Ok(done?),
     }
 }

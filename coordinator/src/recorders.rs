@@ -10,6 +10,7 @@ use std::collections::HashMap;
 pub struct Recorders {
     heard_unix_ms: HashMap<RecordingId, u64>,
     fenced: HashMap<RecordingId, u64>,
+    polled_unix_ms: u64,
 }
 
 impl Recorders {
@@ -25,7 +26,13 @@ impl Recorders {
     /// The recordings among `open` whose recorder was silent for `silence_ms`. One
     /// never heard of counts from the first look at it.
     pub fn poll_silent(&mut self, open: &[RecordingId], now: u64, silence_ms: u64) -> Vec<RecordingId> {
+        let has_slept = self.polled_unix_ms != 0 && now.saturating_sub(self.polled_unix_ms) >= silence_ms;
+        self.polled_unix_ms = now;
         self.heard_unix_ms.retain(|id, _| open.contains(id));
+        if has_slept {
+            // It was this coordinator that heard nothing: everybody gets a new chance.
+            self.heard_unix_ms.values_mut().for_each(|heard| *heard = now);
+        }
         open.iter()
             .filter(|id| now >= *self.heard_unix_ms.entry(**id).or_insert(now) + silence_ms)
             .copied()
@@ -62,12 +69,26 @@ mod tests {
         let mut recorders = Recorders::default();
         let id = RecordingId([1; 16]);
         assert!(!recorders.handle_sign(id, 1, 1000));
-        assert!(recorders.poll_silent(&[id], 1900, 1000).is_empty());
+        for now in (1100..2000).step_by(300) {
+            assert!(recorders.poll_silent(&[id], now, 1000).is_empty());
+        }
         assert_eq!(recorders.poll_silent(&[id], 2000, 1000), vec![id]);
         recorders.fence(id, 2);
         assert!(recorders.handle_sign(id, 1, 2001), "the old epoch is told");
         let unheard = RecordingId([2; 16]);
-        assert!(recorders.poll_silent(&[unheard], 5000, 1000).is_empty());
-        assert_eq!(recorders.poll_silent(&[unheard], 6000, 1000), vec![unheard]);
+        assert!(recorders.poll_silent(&[unheard], 2500, 1000).is_empty());
+        assert!(recorders.poll_silent(&[unheard], 3400, 1000).is_empty());
+        assert_eq!(recorders.poll_silent(&[unheard], 3500, 1000), vec![unheard]);
+    }
+
+    #[test]
+    fn a_coordinator_that_slept_cuts_nobody() {
+        let mut recorders = Recorders::default();
+        let id = RecordingId([1; 16]);
+        recorders.handle_sign(id, 1, 1000);
+        assert!(recorders.poll_silent(&[id], 1100, 1000).is_empty());
+        assert!(recorders.poll_silent(&[id], 90_000, 1000).is_empty());
+        assert!(recorders.poll_silent(&[id], 90_500, 1000).is_empty());
+        assert_eq!(recorders.poll_silent(&[id], 91_000, 1000), vec![id]);
     }
 }

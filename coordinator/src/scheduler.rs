@@ -109,9 +109,14 @@ impl Scheduler {
         if self.nodes.get(node).is_some_and(|state| state.is_quarantined) {
             return None;
         }
-        let others = self.nodes.iter().any(|(name, state)| {
-            name != node && !state.is_quarantined && now < state.heard_unix_ms + self.lease_ms
-        });
+        let others: Vec<Vec<String>> = self
+            .nodes
+            .iter()
+            .filter(|(name, state)| {
+                *name != node && !state.is_quarantined && now < state.heard_unix_ms + self.lease_ms
+            })
+            .map(|(_, state)| state.builds.clone())
+            .collect();
         let until = now + self.lease_ms;
         for job in self.jobs.values_mut().filter(|job| job.state == JobState::Running) {
             let (build, against) = (job.build.clone(), job.against.clone());
@@ -119,7 +124,9 @@ impl Scheduler {
                 continue;
             }
             let free = job.tasks.iter_mut().enumerate().find(|(_, task)| {
-                let is_unwanted = task.avoid.as_deref() == Some(node) && others;
+                let another_can =
+                    others.iter().any(|theirs| offers(theirs, &against) && offers(theirs, &build));
+                let is_unwanted = task.avoid.as_deref() == Some(node) && another_can;
                 task.state == TaskState::Waiting && !is_unwanted
             });
             let Some((index, task)) = free else { continue };

@@ -43,6 +43,7 @@ pub struct Coordinator {
     store: StoreClient,
     epoch: u64,
     lease_ms: u64,
+    started: tokio::time::Instant,
     state: Arc<Mutex<State>>,
     /// Counts changes, to wake who waits for one.
     version: Arc<watch::Sender<u64>>,
@@ -69,6 +70,7 @@ impl Coordinator {
             store,
             epoch,
             lease_ms: config.lease_ms,
+            started: tokio::time::Instant::now(),
             state: Arc::new(Mutex::new(state)),
             version: Arc::new(watch::channel(0).0),
             stopping: Arc::new(watch::channel(None).0),
@@ -98,25 +100,36 @@ impl Coordinator {
         if changed.is_empty() {
             return Ok(());
         }
-        let puts = changed.iter().map(|job| v1::MetaRow {
-            key: format!("job/{}", job.id),
-            value: serde_json::to_vec(job).expect("a job has string keys only").into(),
-        });
-        match self.store.meta_write(self.epoch, puts.collect(), vec![]).await {
-            Ok(()) => {
-                self.version.send_modify(|version| *version += 1);
-                Ok(())
-            }
-            Err(error) => {
+        for job in &changed {
+            let value = serde_json::to_vec(job).expect("a job has string keys only").into();
+            let row = v1::MetaRow { key: format!("job/{}", job.id), value };
+            if let Err(error) = self.store.meta_write(self.epoch, vec![row], vec![]).await {
                 // What was not written is not true: the next coordinator reads the rows.
                 let why = match &error {
                     StoreError::Fenced(_) => "another coordinator has taken over".to_string(),
                     other => format!("jobs can't be written: {other}"),
                 };
                 self.stopping.send_replace(Some(why));
-                Err(Status::unavailable(error.to_string()))
+                return Err(Status::unavailable(error.to_string()));
             }
         }
+        self.version.send_modify(|version| *version += 1);
+        Ok(())
+    }
+
+    /// Changes the state and writes it. In a task of its own: a caller that goes away
+    /// in the middle must not leave a change that nobody writes.
+    async fn change<T: Send + 'static>(
+        &self,
+        change: impl FnOnce(&mut Scheduler) -> T + Send + 'static,
+    ) -> Result<T, Status> {
+        let coordinator = self.clone();
+        let task = tokio::spawn(async move {
+            let mut state = coordinator.state.lock().await;
+            let value = change(&mut state.scheduler);
+            coordinator.persist(&mut state).await.map(|()| value)
+        });
+        task.await.unwrap_or_else(|_| Err(Status::internal("the change panicked")))
     }
 
     async fn expire_leases(self) {
@@ -269,16 +282,30 @@ impl Service for Coordinator {
         if id.is_empty() || id.len() > 64 || !id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
             return Err(Status::invalid_argument("a job's id is 1 to 64 letters, digits and dashes"));
         }
+        if self.state.lock().await.scheduler.jobs.contains_key(&id) {
+            return Ok(Response::new(v1::SubmitReply { id }));
+        }
         let job = self.plan(request).await?;
-        let mut state = self.state.lock().await;
-        if !state.scheduler.is_offered(&job.build) || !state.scheduler.is_offered(&job.against) {
+        let (build, against) = (job.build.clone(), job.against.clone());
+        let is_young = self.started.elapsed() < Duration::from_millis(self.lease_ms);
+        let is_offered = self
+            .change(move |scheduler| {
+                let is_offered = scheduler.is_offered(&build) && scheduler.is_offered(&against);
+                if is_offered {
+                    scheduler.submit(job);
+                }
+                is_offered.then_some(()).ok_or(against)
+            })
+            .await?;
+        if let Err(against) = is_offered {
+            // A coordinator that has just taken over has not heard of all nodes yet.
+            if is_young {
+                return Err(Status::unavailable("no node that offers the build has been heard yet"));
+            }
             return Err(Status::unimplemented(format!(
-                "no node offers build {}; `heddle get nodes -o wide` shows what they offer",
-                job.against
+                "no node offers build {against}; `heddle get nodes -o wide` shows what they offer"
             )));
         }
-        state.scheduler.submit(job);
-        self.persist(&mut state).await?;
         Ok(Response::new(v1::SubmitReply { id }))
     }
 
@@ -324,14 +351,12 @@ impl Service for Coordinator {
         let mut version = self.version.subscribe();
         loop {
             version.mark_unchanged();
-            {
-                let mut state = self.state.lock().await;
-                let now = now_unix_ms();
-                let task = state.scheduler.lease(&request.node, &request.builds, self.epoch, now);
-                if task.is_some() {
-                    self.persist(&mut state).await?;
-                    return Ok(Response::new(v1::LeaseReply { task }));
-                }
+            let (request, epoch) = (request.clone(), self.epoch);
+            let lease = move |scheduler: &mut Scheduler| {
+                scheduler.lease(&request.node, &request.builds, epoch, now_unix_ms())
+            };
+            if let Some(task) = self.change(lease).await? {
+                return Ok(Response::new(v1::LeaseReply { task: Some(task) }));
             }
             match tokio::time::timeout_at(until, version.changed()).await {
                 Ok(Ok(())) => {}
@@ -341,9 +366,8 @@ impl Service for Coordinator {
     }
 
     async fn report(&self, request: Request<v1::ReportRequest>) -> Result<Response<v1::ReportReply>, Status> {
-        let mut state = self.state.lock().await;
-        let counted = state.scheduler.handle_report(&request.into_inner(), now_unix_ms());
-        self.persist(&mut state).await?;
+        let request = request.into_inner();
+        let counted = self.change(move |scheduler| scheduler.handle_report(&request, now_unix_ms())).await?;
         Ok(Response::new(v1::ReportReply { counted }))
     }
 

@@ -12,7 +12,7 @@
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use heddle_proto::{Chunk, RecordingId};
-use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
+use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, flock};
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -22,6 +22,8 @@ const MAGIC: &[u8; 4] = b"HDLO";
 const VERSION: u32 = 1;
 const HEADER_BYTES: u64 = 40;
 const FRAME_BYTES: u64 = 8;
+/// The file's first block, which the header keeps from being punched out.
+const FIRST_BLOCK: u64 = 4096;
 /// Acknowledged bytes are given back in steps of this size.
 const PUNCH_BYTES: u64 = 4 << 20;
 
@@ -64,15 +66,18 @@ impl Outbox {
     pub fn create(dir: &Path, recording: RecordingId, token: [u8; 16], bytes_max: u64) -> Result<Outbox> {
         std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
         let path = dir.join(format!("{recording}.outbox"));
+        // Locked before it has the name that others look for: they recover what nobody holds.
+        let new = path.with_extension("new");
         let mut options = OpenOptions::new();
-        let file = options.read(true).write(true).create_new(true).open(&path);
-        let file = file.with_context(|| format!("create {}", path.display()))?;
+        let file = options.read(true).write(true).create_new(true).open(&new);
+        let file = file.with_context(|| format!("create {}", new.display()))?;
         flock(&file, FlockOperation::NonBlockingLockExclusive).context("lock the outbox")?;
         let mut header = MAGIC.to_vec();
         header.extend_from_slice(&VERSION.to_le_bytes());
         header.extend_from_slice(&recording.0);
         header.extend_from_slice(&token);
-        file.write_all_at(&header, 0).with_context(|| format!("write to {}", path.display()))?;
+        file.write_all_at(&header, 0).with_context(|| format!("write to {}", new.display()))?;
+        std::fs::rename(&new, &path).with_context(|| format!("put {} in place", path.display()))?;
         Ok(Outbox {
             path,
             file,
@@ -189,22 +194,43 @@ fn checksum(bytes: &[u8]) -> u32 {
     u32::from_le_bytes(hash.as_bytes()[..4].try_into().expect("4 bytes"))
 }
 
-/// Outboxes in `dir` that no living process holds.
-pub fn left_behind(dir: &Path) -> Vec<PathBuf> {
+/// Outboxes in `dir` that no living process holds, locked for who recovers them.
+pub fn left_behind(dir: &Path) -> Vec<(PathBuf, File)> {
     let Ok(entries) = std::fs::read_dir(dir) else { return vec![] };
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
     let outboxes = paths.filter(|path| path.extension().is_some_and(|e| e == "outbox"));
     outboxes
-        .filter(|path| {
-            let file = File::open(path);
-            file.is_ok_and(|file| flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok())
+        .filter_map(|path| {
+            let file = File::open(&path).ok()?;
+            flock(&file, FlockOperation::NonBlockingLockExclusive).ok()?;
+            Some((path, file))
         })
         .collect()
 }
 
+/// The file's header and what is left of its chunks: the hole before them, as long
+/// as all that was ever acknowledged, is not read.
+fn read_past_hole(path: &Path, file: &File) -> Result<Bytes> {
+    let read = || format!("read {}", path.display());
+    let end = file.metadata().with_context(read)?.len();
+    let mut bytes = vec![0; end.min(FIRST_BLOCK) as usize];
+    file.read_exact_at(&mut bytes, 0).with_context(read)?;
+    let first = HEADER_BYTES as usize;
+    let is_punched = bytes.get(first..first + 4).is_none_or(|len| len == [0; 4]);
+    let from = match rustix::fs::seek(file, SeekFrom::Data(FIRST_BLOCK)) {
+        Ok(data) if is_punched => data,
+        Ok(_) => FIRST_BLOCK,
+        Err(_) => return Ok(Bytes::from(bytes)),
+    };
+    let mut rest = vec![0; end.saturating_sub(from) as usize];
+    file.read_exact_at(&mut rest, from).with_context(read)?;
+    bytes.extend(rest);
+    Ok(Bytes::from(bytes))
+}
+
 /// Reads an outbox that was left behind, as far as it is whole.
-pub fn read_left_behind(path: &Path) -> Result<LeftBehind> {
-    let bytes = Bytes::from(std::fs::read(path).with_context(|| format!("read {}", path.display()))?);
+pub fn read_left_behind(path: &Path, file: &File) -> Result<LeftBehind> {
+    let bytes = read_past_hole(path, file)?;
     let header = bytes.get(..HEADER_BYTES as usize).context("the outbox has no whole header")?;
     let version = u32::from_le_bytes(header[4..8].try_into().expect("4 bytes"));
     ensure!(

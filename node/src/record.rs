@@ -380,42 +380,47 @@ async fn show_life(
 /// as cut. One that the store refuses is kept aside. What was done with each.
 pub async fn recover(store: &StoreClient, dir: &Path) -> Vec<String> {
     let mut said = vec![];
-    for path in left_behind(dir) {
-        let done = async {
-            let LeftBehind { recording, token, chunks } = read_left_behind(&path)?;
-            deliver(store, recording, token, chunks).await.map(|events| (recording, events))
+    for (path, file) in left_behind(dir) {
+        let left = match read_left_behind(&path, &file) {
+            Ok(left) => left,
+            Err(error) => {
+                said.push(aside(&path, &format!("{error:#}")));
+                continue;
+            }
         };
-        match done.await {
-            Ok((recording, events)) => {
+        let recording = left.recording;
+        match deliver(store, left).await {
+            Ok(events) => {
                 let _ = std::fs::remove_file(&path);
                 said.push(format!(
                     "recording {} sealed as cut at event {events}: its recorder had died",
                     recording.short()
                 ));
             }
-            Err(error) => {
-                let aside = path.with_extension("outbox.refused");
-                let _ = std::fs::rename(&path, &aside);
-                said.push(format!("{} is kept: {error:#}", aside.display()));
+            // Only what no retry can mend: the store may be away, or another one.
+            Err(error @ (StoreError::Fenced(_) | StoreError::Sealed | StoreError::Conflict(_))) => {
+                said.push(aside(&path, &error.to_string()));
             }
+            Err(error) => said.push(format!("{} is left for later: {error}", path.display())),
         }
     }
     said
 }
 
-async fn deliver(
-    store: &StoreClient,
-    id: RecordingId,
-    token: [u8; 16],
-    chunks: Vec<heddle_proto::Chunk>,
-) -> Result<u64> {
-    let opened = store.open(id, &token, &[], true).await?;
-    let row = store.get(id).await?;
-    if row.state != "recording" {
-        bail!("the recording has ended without it");
+fn aside(path: &Path, why: &str) -> String {
+    let aside = path.with_extension("outbox.refused");
+    let _ = std::fs::rename(path, &aside);
+    format!("{} is kept: {why}", aside.display())
+}
+
+async fn deliver(store: &StoreClient, left: LeftBehind) -> Result<u64, StoreError> {
+    let id = left.recording;
+    let opened = store.open(id, &left.token, &[], true).await?;
+    if store.get(id).await?.state != "recording" {
+        return Err(StoreError::Sealed);
     }
-    let mut client = store.leader()?;
-    let requests: Vec<v1::AppendRequest> = chunks
+    let requests: Vec<v1::AppendRequest> = left
+        .chunks
         .into_iter()
         .filter(|chunk| chunk.header.end_event() > opened.committed_events)
         .map(|chunk| v1::AppendRequest {
@@ -425,10 +430,11 @@ async fn deliver(
         })
         .collect();
     if !requests.is_empty() {
-        let mut replies = client.append(tokio_stream::iter(requests)).await?.into_inner();
+        let mut replies = store.leader()?.append(tokio_stream::iter(requests)).await?.into_inner();
         while replies.message().await?.is_some() {}
     }
     let row = store.get(id).await?;
-    store.seal(id, opened.epoch, row.committed_events, Hash::from_slice(&row.last_chunk)?, true).await?;
+    let last = Hash::from_slice(&row.last_chunk).map_err(|e| StoreError::Corrupt(e.to_string()))?;
+    store.seal(id, opened.epoch, row.committed_events, last, true).await?;
     Ok(row.committed_events)
 }

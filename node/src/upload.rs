@@ -39,11 +39,14 @@ impl Uploader {
     /// Sends for ever; ends only with an error that no retry can mend.
     pub async fn run(&self) -> StoreError {
         loop {
+            // Events go to the outbox's file in time, whether or not a replica takes them.
+            self.chunker.flush(false);
+            let tried = self.store.tried();
             match self.stream().await {
                 Err(Broken::For(error)) => return error,
                 Err(Broken::Retry(status)) => {
                     tracing::debug!(%status, "the append stream broke");
-                    self.store.redirect(&status);
+                    self.store.redirect(tried, &status);
                 }
                 Ok(()) => {}
             }

@@ -118,16 +118,26 @@ impl StoreClient {
 
     /// The replica that is taken for the leader.
     pub fn leader(&self) -> Result<Client, StoreError> {
-        let index = *self.leader.lock().unwrap_or_else(PoisonError::into_inner);
-        self.at(&self.addresses[index % self.addresses.len()])
+        self.at(&self.addresses[self.tried()])
     }
 
-    /// Follows what a failed attempt says of the leader.
-    pub fn redirect(&self, status: &Status) {
+    /// The index of the replica that is taken for the leader, to be given to
+    /// [`StoreClient::redirect`] if it turns out not to be.
+    pub fn tried(&self) -> usize {
+        *self.leader.lock().unwrap_or_else(PoisonError::into_inner) % self.addresses.len()
+    }
+
+    /// Follows what a failed attempt at replica `tried` says of the leader. Who fails
+    /// late does not knock others off the leader they have found meanwhile.
+    pub fn redirect(&self, tried: usize, status: &Status) {
         let mut leader = self.leader.lock().unwrap_or_else(PoisonError::into_inner);
         let named = status.metadata().get(LEADER_KEY).and_then(|v| v.to_str().ok());
         let index = named.and_then(|named| self.addresses.iter().position(|a| a == named));
-        *leader = index.unwrap_or((*leader + 1) % self.addresses.len());
+        match index {
+            Some(named) => *leader = named,
+            None if *leader == tried => *leader = (tried + 1) % self.addresses.len(),
+            None => {}
+        }
     }
 
     /// Calls the leader, again and again while there is none.
@@ -138,7 +148,8 @@ impl StoreClient {
     {
         let until = Instant::now() + self.patience;
         loop {
-            let attempt = tokio::time::timeout(ATTEMPT, request(self.leader()?)).await;
+            let tried = self.tried();
+            let attempt = tokio::time::timeout(ATTEMPT, request(self.at(&self.addresses[tried])?)).await;
             let status = match attempt {
                 Ok(Ok(response)) => return Ok(response.into_inner()),
                 Ok(Err(status)) => status,
@@ -151,7 +162,7 @@ impl StoreClient {
             if !is_transient || Instant::now() >= until {
                 return Err(status.into());
             }
-            self.redirect(&status);
+            self.redirect(tried, &status);
             tokio::time::sleep(RETRY).await;
         }
     }
@@ -243,10 +254,12 @@ impl StoreClient {
                 return Ok(chunks);
             }
             let request = v1::ReadRequest { recording: id.to_vec().into(), from_event, to_event: to };
+            let tried = self.tried();
             let attempt = async {
+                let mut client = self.at(&self.addresses[tried])?;
                 let mut stream =
-                    self.leader()?.read(request).await.map_err(|s| self.transient(s))?.into_inner();
-                while let Some(reply) = stream.message().await.map_err(|s| self.transient(s))? {
+                    client.read(request).await.map_err(|s| self.transient(tried, s))?.into_inner();
+                while let Some(reply) = stream.message().await.map_err(|s| self.transient(tried, s))? {
                     let chunk = Chunk::parse(reply.chunk).map_err(|e| StoreError::Corrupt(e.to_string()))?;
                     chunks.push(chunk);
                 }
@@ -260,9 +273,9 @@ impl StoreClient {
         }
     }
 
-    fn transient(&self, status: Status) -> StoreError {
+    fn transient(&self, tried: usize, status: Status) -> StoreError {
         if matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal) {
-            self.redirect(&status);
+            self.redirect(tried, &status);
             return StoreError::Unavailable(status.message().into());
         }
         status.into()
@@ -314,11 +327,13 @@ impl StoreClient {
 
     async fn try_get_blocks(&self, hashes: &[Hash]) -> Result<Vec<Bytes>, StoreError> {
         let request = v1::BlockHashes { hashes: hashes.iter().map(|h| h.to_vec().into()).collect() };
-        let stream = self.leader()?.get_blocks(request).await.map_err(|s| self.transient(s))?;
+        let tried = self.tried();
+        let mut client = self.at(&self.addresses[tried])?;
+        let stream = client.get_blocks(request).await.map_err(|s| self.transient(tried, s))?;
         let mut stream = stream.into_inner();
         let mut blocks = Vec::with_capacity(hashes.len());
         for hash in hashes {
-            let block = stream.message().await.map_err(|s| self.transient(s))?;
+            let block = stream.message().await.map_err(|s| self.transient(tried, s))?;
             let block =
                 block.ok_or_else(|| StoreError::Unavailable("the stream of blocks ended early".into()))?;
             let raw = zstd::bulk::decompress(&block.data, BLOCK_BYTES_MAX)

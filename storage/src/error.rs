@@ -17,7 +17,7 @@ pub enum Error {
     },
     /// Bytes below the fsynced mark have changed.
     #[error(
-        "{path} is corrupt at byte {offset}: {what}. Restore this replica's directory, or remove it and add a new replica"
+        "{path} is corrupt at byte {offset}: {what}. Restore this replica's directory from a copy; the other replicas go on without it"
     )]
     Corrupt {
         /// The file.

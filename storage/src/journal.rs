@@ -160,6 +160,10 @@ impl Journal {
             }
             None => (1, create_segment(&reader, 1, next_lsn)?),
         };
+        // A kill can have come between the last write and its sync: what was read from
+        // the page cache counts as durable only now.
+        file.sync_all().at("sync", &segment_path(dir, segment))?;
+        File::open(dir).and_then(|dir| dir.sync_all()).at("sync", dir)?;
         let synced_lsn = next_lsn - 1;
         Ok(Journal { reader, segment, file, end, next_lsn, synced_lsn, total_bytes, buffer: vec![] })
     }

@@ -144,7 +144,8 @@ impl ReplicaLoop {
             applied,
             pre_vote: true,
             check_quorum: true,
-            batch_append: true,
+            // It would merge a lagging follower's whole window into one message.
+            batch_append: false,
             max_size_per_msg: 1 << 20,
             max_inflight_msgs: 64,
             max_uncommitted_size: 128 << 20,
@@ -203,6 +204,15 @@ impl ReplicaLoop {
         match input {
             Input::Propose(data, sender) => self.propose(data, sender),
             Input::Message(message) => {
+                let last = self.node.raft.raft_log.last_index();
+                if message.get_msg_type() == MessageType::MsgHeartbeat && message.commit > last {
+                    tracing::error!(
+                        last,
+                        commit = message.commit,
+                        "a heartbeat commits what this replica never had"
+                    );
+                    return;
+                }
                 if let Err(error) = self.node.step(*message) {
                     tracing::debug!(%error, "a message was not taken");
                 }

@@ -6,9 +6,10 @@ use crate::error::{Error, IoContext};
 use crate::raft_log::RaftLog;
 use crate::replica::{Handle, Input, ReplicaLoop};
 use crate::service::StoreService;
-use crate::transport::{Outbound, TransportService};
+use crate::transport::{KnownPeers, Outbound, TransportService};
 use heddle_proto::v1::log_store_server::LogStoreServer;
 use heddle_proto::v1::raft_transport_server::RaftTransportServer;
+use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -35,11 +36,16 @@ pub struct ReplicaConfig {
 }
 
 /// What a directory says it is.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Identity {
     version: u32,
     cluster: u64,
     replica: u64,
+    /// Who voted when the cluster was created: it can't change by a flag.
+    voters: Vec<u64>,
+    /// Minted with the directory. Peers remember it, so that a directory that was
+    /// wiped does not come back under its old id and vote on what it forgot.
+    incarnation: u64,
 }
 
 /// A running replica.
@@ -51,18 +57,21 @@ pub struct Replica {
     thread: JoinHandle<()>,
     /// Why it stopped, once it has.
     stopped: watch::Receiver<Option<String>>,
+    known: Arc<KnownPeers>,
+    _lock: File,
 }
 
 impl Replica {
     /// Opens the directory and starts the replica's thread. Needs a tokio runtime.
     pub fn start(config: ReplicaConfig) -> Result<Replica, Error> {
-        check_identity(&config)?;
-        let voters: Vec<u64> = config.peers.keys().copied().collect();
+        let lock = lock(&config.dir)?;
+        let Identity { voters, incarnation, .. } = check_identity(&config)?;
+        let known = KnownPeers::open(&config.dir)?;
         let (log, journal) = RaftLog::open(&config.dir.join("journal"), &voters)?;
         let catalog = Catalog::open(&config.dir.join("catalog"), log.last())?;
         let (sender, inputs) = std::sync::mpsc::channel();
         let handle = Handle::new(sender);
-        let outbound = Outbound::start(config.cluster, config.id, &config.peers, &handle);
+        let outbound = Outbound::start(config.cluster, (config.id, incarnation), &config.peers, &handle);
         let service = StoreService {
             replica: handle.clone(),
             catalog: catalog.clone(),
@@ -83,7 +92,17 @@ impl Replica {
             let _ = stopping.send(Some(why));
         });
         let thread = thread.at("start the thread for", &config.dir)?;
-        Ok(Replica { service, cluster: config.cluster, id: config.id, handle, thread, stopped })
+        let known = Arc::new(known);
+        Ok(Replica {
+            service,
+            cluster: config.cluster,
+            id: config.id,
+            handle,
+            thread,
+            stopped,
+            known,
+            _lock: lock,
+        })
     }
 
     /// Adds this replica's services to a server.
@@ -91,7 +110,12 @@ impl Replica {
         let store = LogStoreServer::new(self.service.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
-        let transport = TransportService { cluster: self.cluster, me: self.id, replica: self.handle.clone() };
+        let transport = TransportService {
+            cluster: self.cluster,
+            me: self.id,
+            replica: self.handle.clone(),
+            known: self.known.clone(),
+        };
         let transport = RaftTransportServer::new(transport).max_decoding_message_size(MESSAGE_BYTES_MAX);
         move |router| router.add_service(store).add_service(transport)
     }
@@ -112,24 +136,45 @@ impl Replica {
     }
 }
 
-fn check_identity(config: &ReplicaConfig) -> Result<(), Error> {
-    let mine = Identity { version: 1, cluster: config.cluster, replica: config.id };
-    fs::create_dir_all(&config.dir).at("create", &config.dir)?;
+/// One process a directory: a second one would take the first's half-written frame
+/// for a torn tail, and cut it.
+fn lock(dir: &Path) -> Result<File, Error> {
+    fs::create_dir_all(dir).at("create", dir)?;
+    let path = dir.join("lock");
+    let file = File::create(&path).at("create", &path)?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| Error::Identity {
+        path: dir.to_path_buf(),
+        what: "another process serves this directory".into(),
+    })?;
+    Ok(file)
+}
+
+fn check_identity(config: &ReplicaConfig) -> Result<Identity, Error> {
+    let voters: Vec<u64> = config.peers.keys().copied().collect();
     let path = config.dir.join("identity.json");
+    let bad = |what: String| Error::Identity { path: path.clone(), what };
+    let mut mine = Identity {
+        version: 1,
+        cluster: config.cluster,
+        replica: config.id,
+        voters,
+        incarnation: rand::random(),
+    };
     if !path.exists() {
-        return write_synced(&config.dir, &path, &serde_json::to_vec(&mine).unwrap_or_default());
+        write_synced(&config.dir, &path, &serde_json::to_vec(&mine).unwrap_or_default())?;
+        return Ok(mine);
     }
     let bytes = fs::read(&path).at("read", &path)?;
-    let bad = |what: String| Error::Identity { path: path.clone(), what };
     let found: Identity = serde_json::from_slice(&bytes).map_err(|error| bad(error.to_string()))?;
+    mine.incarnation = found.incarnation;
     if found != mine {
         return Err(bad(format!("the directory is of {found:?}, this is {mine:?}")));
     }
-    Ok(())
+    Ok(mine)
 }
 
 /// Writes a small file whole or not at all.
-fn write_synced(dir: &Path, path: &Path, bytes: &[u8]) -> Result<(), Error> {
+pub(crate) fn write_synced(dir: &Path, path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let part = path.with_extension("part");
     let mut file = File::create(&part).at("create", &part)?;
     file.write_all(bytes).at("write to", &part)?;

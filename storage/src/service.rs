@@ -4,7 +4,7 @@ use crate::apply::{Outcome, Refusal};
 use crate::catalog::{BlockRow, Catalog, Key, RecordingRow, RecordingState};
 use crate::command::{BULK_BYTES_MAX, Command};
 use crate::error::Error;
-use crate::journal::JournalReader;
+use crate::journal::{DATA_BYTES_MAX, JournalReader};
 use crate::replica::{Answer, Handle, Input, NotDone};
 use bytes::Bytes;
 use heddle_proto::manifest::MANIFEST_BYTES_MAX;
@@ -56,7 +56,12 @@ impl StoreService {
 
     async fn propose(&self, command: Command, bulk: &[u8]) -> Result<Outcome, Status> {
         let _permit = self.reserve(bulk.len()).await?;
-        let answer = self.replica.propose(command.encode(bulk)).await;
+        let data = command.encode(bulk);
+        if data.len() > DATA_BYTES_MAX {
+            let what = format!("the request has {} bytes; at most {DATA_BYTES_MAX}", data.len());
+            return Err(Status::invalid_argument(what));
+        }
+        let answer = self.replica.propose(data).await;
         self.outcome(answer)
     }
 

@@ -114,7 +114,7 @@ async fn nothing_acknowledged_is_lost_to_kill_9() {
                     }
                     // Which of them were committed the store knows: it acknowledges those again.
                     Err(status) => {
-                        store.redirect(&status);
+                        store.redirect(store.tried(), &status);
                         tokio::time::sleep(Duration::from_millis(20)).await;
                     }
                 }

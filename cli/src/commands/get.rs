@@ -56,6 +56,9 @@ fn select(rows: Vec<Value>, command: &Get) -> Result<Vec<Value>> {
             selected.push(row);
         }
     }
+    if command.selector.is_some() && selected.is_empty() {
+        return Err(coded(NOTHING, "nothing here has these labels"));
+    }
     if let Some(name) = &command.name {
         // Of several recordings of one name, the newest.
         let Some(newest) = selected.pop() else {

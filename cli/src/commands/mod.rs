@@ -40,7 +40,7 @@ pub async fn run(args: Args) -> Result<u8> {
         Command::Diff(command) => diff::run(&cluster, command, format).await,
         Command::Demo(_) | Command::Up(_) | Command::Serve(_) | Command::Completions { .. } => Ok(OK),
     };
-    cluster.close();
+    cluster.close().await;
     done
 }
 

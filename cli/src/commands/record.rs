@@ -13,6 +13,7 @@ use serde_json::json;
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Read, Write};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 use tokio::sync::mpsc;
@@ -32,6 +33,7 @@ pub async fn run(cluster: &Cluster, command: RecordBuiltin, format: Format) -> R
     for said in heddle_node::record::recover(&cluster.store, &outbox_dir).await {
         eprintln!("heddle: {said}");
     }
+    let outbox_shown = outbox_dir.display().to_string();
     let request = request(&command, outbox_dir)?;
     let is_quiet = format == Format::Json || format == Format::Yaml || format == Format::Name;
     let (stop_sender, stop) = mpsc::unbounded_channel();
@@ -45,17 +47,14 @@ pub async fn run(cluster: &Cluster, command: RecordBuiltin, format: Format) -> R
         prompts: prompt_sender,
         is_quiet,
     };
-    let _raw = std::io::stdin().is_terminal().then(RawTerminal::enter).flatten();
+    let raw = Arc::new(std::io::stdin().is_terminal().then(RawTerminal::enter).flatten());
+    let (interrupt_sender, interrupted) = mpsc::unbounded_channel();
     let waits = command.prompt.is_some();
-    let interrupt = stop_sender.clone();
     std::thread::Builder::new()
         .name("console".into())
-        .spawn(move || read_console(&input_sender, &interrupt, waits.then_some(prompts)))
+        .spawn(move || read_console(&input_sender, &interrupt_sender, waits.then_some(prompts)))
         .context("start the console thread")?;
-    let interrupt = tokio::spawn(async move {
-        crate::serve::asked_to_stop().await;
-        let _ = stop_sender.send(INTERRUPTED);
-    });
+    let interrupt = tokio::spawn(end_on_interrupts(interrupted, stop_sender, outbox_shown, raw.clone()));
     let watermarks = Watermarks::default();
     let mut watcher = watcher;
     let console = Console { input, output: Box::new(move |bytes| watcher.print(bytes)), stop };
@@ -63,6 +62,9 @@ pub async fn run(cluster: &Cluster, command: RecordBuiltin, format: Format) -> R
     let coordinator = Some(cluster.file.coordinator.clone());
     let recorded = record(&cluster.store, coordinator, request, console, watermarks.clone(), |_| {}).await;
     interrupt.abort();
+    if let Some(raw) = &*raw {
+        raw.leave();
+    }
     let recorded = recorded?;
     let summary = json!({
         "recording": command.name,
@@ -87,6 +89,31 @@ pub async fn run(cluster: &Cluster, command: RecordBuiltin, format: Format) -> R
     }
     // The low byte, as a process's exit status has no more.
     Ok(if recorded.exit_code == 0 { OK } else { recorded.exit_code.to_le_bytes()[0].max(1) })
+}
+
+/// The first Ctrl-C ends the guest, and what it did is still delivered. The second
+/// leaves at once: the store may be away for long.
+async fn end_on_interrupts(
+    mut keys: mpsc::UnboundedReceiver<()>,
+    stop: mpsc::UnboundedSender<u16>,
+    outbox: String,
+    raw: Arc<Option<RawTerminal>>,
+) {
+    for is_second in [false, true] {
+        tokio::select! {
+            () = crate::serve::asked_to_stop() => {}
+            Some(()) = keys.recv() => {}
+        }
+        if !is_second {
+            let _ = stop.send(INTERRUPTED);
+            continue;
+        }
+        if let Some(raw) = &*raw {
+            raw.leave();
+        }
+        eprintln!("heddle: left; what the store has not taken is in {outbox}");
+        std::process::exit(i32::from(INTERRUPTED));
+    }
 }
 
 fn request(command: &RecordBuiltin, outbox_dir: std::path::PathBuf) -> Result<RecordRequest> {
@@ -168,7 +195,7 @@ impl Watcher {
 /// Standard input to the guest: as it comes, or line by line, each after a prompt.
 fn read_console(
     input: &mpsc::Sender<Vec<u8>>,
-    interrupt: &mpsc::UnboundedSender<u16>,
+    interrupt: &mpsc::UnboundedSender<()>,
     prompts: Option<std::sync::mpsc::Receiver<()>>,
 ) {
     let is_terminal = std::io::stdin().is_terminal();
@@ -177,8 +204,8 @@ fn read_console(
     while let Ok(count @ 1..) = std::io::stdin().read(&mut buffer) {
         let bytes = &buffer[..count];
         if is_terminal && bytes.contains(&3) {
-            let _ = interrupt.send(INTERRUPTED);
-            return;
+            let _ = interrupt.send(());
+            continue;
         }
         let Some(prompts) = &prompts else {
             if input.blocking_send(bytes.to_vec()).is_err() {
@@ -210,9 +237,15 @@ impl RawTerminal {
     }
 }
 
-impl Drop for RawTerminal {
-    fn drop(&mut self) {
+impl RawTerminal {
+    fn leave(&self) {
         let now = rustix::termios::OptionalActions::Now;
         let _ = rustix::termios::tcsetattr(std::io::stdin(), now, &self.0);
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        self.leave();
     }
 }

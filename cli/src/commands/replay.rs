@@ -38,6 +38,12 @@ pub async fn run(cluster: &Cluster, command: Replay, format: Format) -> Result<u
     Ok(if job.outcome == "match" { OK } else { DIVERGED })
 }
 
+/// Whether a call may be made again: the connection or the coordinator went away.
+fn is_transient(status: &tonic::Status) -> bool {
+    use tonic::Code::{Cancelled, Unavailable, Unknown};
+    matches!(status.code(), Unavailable | Unknown | Cancelled)
+}
+
 /// A job id that is made by its client, so that a retry is the same job.
 pub fn new_job_id(kind: &str) -> String {
     format!("{kind}-{:010x}", rand::random::<u64>() >> 24)
@@ -65,7 +71,7 @@ async fn wait_job(cluster: &Cluster, request: v1::SubmitRequest, format: Format)
     loop {
         match coordinator.submit(request.clone()).await {
             Ok(_) => break,
-            Err(status) if status.code() == tonic::Code::Unavailable && Instant::now() < patience => {
+            Err(status) if is_transient(&status) && Instant::now() < patience => {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
             Err(status) => return Err(away(status)),
@@ -77,7 +83,6 @@ async fn wait_job(cluster: &Cluster, request: v1::SubmitRequest, format: Format)
         if let Ok(stream) = coordinator.watch(v1::WatchRequest { id: request.id.clone() }).await {
             let mut rows = stream.into_inner();
             while let Ok(Some(row)) = rows.message().await {
-                patience = Instant::now() + Duration::from_secs(60);
                 let done = row.tasks.iter().filter(|t| t.state == "done").count();
                 if format == Format::Table || format == Format::Wide {
                     progress.at(done as u64, &format!("{}: {done} of {} spans", row.phase, row.tasks.len()));
@@ -93,6 +98,8 @@ async fn wait_job(cluster: &Cluster, request: v1::SubmitRequest, format: Format)
                     return Ok(row);
                 }
             }
+            // A long span says nothing for long: patience begins when the stream breaks.
+            patience = Instant::now() + Duration::from_secs(60);
         }
         if Instant::now() > patience {
             return Err(coded(crate::exit::NO_QUORUM, "the coordinator has gone; the job is kept"));
@@ -207,7 +214,10 @@ async fn with_console(
     let span = Span::fetch(&cluster.store, &blocks, recording.id(), v1::SpanBounds::default()).await?;
     let control = Control { stall_after: command.timeout.map(Duration::from_secs), ..Control::default() };
     let replayed = heddle_node::replay::replay(span, build, control).await?;
-    std::io::stdout().lock().write_all(&replayed.console)?;
+    match format {
+        Format::Json | Format::Yaml => std::io::stderr().lock().write_all(&replayed.console)?,
+        _ => std::io::stdout().lock().write_all(&replayed.console)?,
+    }
     let TaskResult::Replay(verdict) = &replayed.result else { return Ok(UNEXPECTED) };
     let row = v1::JobRow {
         outcome: outcome_name(verdict).into(),

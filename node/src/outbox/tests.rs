@@ -48,14 +48,33 @@ fn what_was_left_behind_is_read_as_far_as_it_is_whole() {
     assert!(left_behind(dir.path()).is_empty(), "its process lives");
     let path = outbox.path().to_path_buf();
     drop(outbox);
-    assert_eq!(left_behind(dir.path()), vec![path.clone()]);
+    let found: Vec<PathBuf> = left_behind(dir.path()).into_iter().map(|(path, _)| path).collect();
+    assert_eq!(found, vec![path.clone()]);
     let whole = std::fs::read(&path).unwrap();
     for cut in (40..whole.len()).step_by(37) {
         std::fs::write(&path, &whole[..cut]).unwrap();
-        let found = read_left_behind(&path).unwrap();
+        let found = read_left_behind(&path, &File::open(&path).unwrap()).unwrap();
         assert_eq!(found.token, [1; 16]);
         assert_eq!(found.chunks[..], all[..found.chunks.len()]);
     }
     std::fs::write(&path, &whole).unwrap();
-    assert_eq!(read_left_behind(&path).unwrap().chunks, all);
+    assert_eq!(read_left_behind(&path, &File::open(&path).unwrap()).unwrap().chunks, all);
+}
+
+#[test]
+fn what_was_acknowledged_is_given_back_and_not_read_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let all = chunks(30_000);
+    let mut outbox = Outbox::create(dir.path(), RecordingId([3; 16]), [1; 16], 1 << 30).unwrap();
+    all.iter().for_each(|chunk| outbox.push(chunk.clone()));
+    let kept = all.len() - 10;
+    outbox.acknowledge(all[kept - 1].header.end_event());
+    let path = outbox.path().to_path_buf();
+    drop(outbox);
+    let file = File::open(&path).unwrap();
+    let on_disk = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()) * 512;
+    assert!(on_disk < file.metadata().unwrap().len() / 2, "{on_disk} bytes are still on disk");
+    assert!(read_past_hole(&path, &file).unwrap().len() < 2 * PUNCH_BYTES as usize);
+    let found = read_left_behind(&path, &file).unwrap().chunks;
+    assert!(found.ends_with(&all[kept..]), "{} chunks", found.len());
 }
