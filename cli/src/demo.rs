@@ -357,8 +357,8 @@ async fn leased_node(client: &Cluster, job: &str) -> Result<String> {
         {
             ensure!(job.state == "running", "the job ended before a node could be killed");
             if let Some(task) = job.tasks.iter().find(|task| task.state == "leased") {
-                // Well into the span: it takes some hundred milliseconds.
-                tokio::time::sleep(Duration::from_millis(150)).await;
+                // Well into the span, which takes some hundred milliseconds.
+                tokio::time::sleep(Duration::from_millis(60)).await;
                 return Ok(task.node.clone());
             }
         }

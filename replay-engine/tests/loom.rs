@@ -2,10 +2,12 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use heddle_proto::manifest::{Positions, Sleep};
-use heddle_proto::{Event, Position};
+use heddle_proto::{DivergenceKind, Event, Position};
 use heddle_replay_engine::io::{self, RecordSink, ReplayOptions};
 use heddle_replay_engine::machine::loader;
-use heddle_replay_engine::{AsyncQueue, Build, Emulator, LogEnd, Replayer, Snapshot, guest};
+use heddle_replay_engine::{
+    AsyncQueue, Build, Emulator, EventSource, LogEnd, Replayer, Snapshot, guest, schedule,
+};
 use std::sync::{Arc, Mutex};
 
 #[derive(Default, Clone)]
@@ -56,4 +58,40 @@ fn the_whole_guest_on_two_threads() {
     assert!(replay.verdict.is_match());
     assert_eq!(replay.verdict.digest, Some(done.digest));
     assert_eq!(replay.console, console);
+}
+
+/// Gives some events, then never comes back, like a log on a disk that hangs.
+struct Hangs {
+    events: Option<Vec<Event>>,
+    forever: std::sync::mpsc::Receiver<()>,
+}
+
+impl EventSource for Hangs {
+    fn next_events(&mut self) -> Result<Option<Vec<Event>>, String> {
+        match self.events.take() {
+            Some(events) => Ok(Some(events)),
+            None => {
+                let _ = self.forever.recv();
+                Ok(None)
+            }
+        }
+    }
+}
+
+#[test]
+fn code_that_never_comes_back_is_a_stall() {
+    let queue = AsyncQueue::default();
+    let mut recorded = Emulator::record(guest::short(1, 1).unwrap(), positions(), Sleep::On, queue.clone());
+    let mut events = schedule::record(&mut recorded, &queue, 1, vec![], 1_000_000);
+    events.truncate(20);
+    let (keep, forever) = std::sync::mpsc::channel();
+    let source = Hangs { events: Some(events), forever };
+    let replayer = Replayer::new(Box::new(source), Position::default(), LogEnd::Complete);
+    let emulator =
+        Emulator::replay(guest::short(1, 1).unwrap(), replayer, positions(), Sleep::On, Build::default());
+    let options =
+        ReplayOptions { stall_after: std::time::Duration::from_millis(200), ..ReplayOptions::default() };
+    let verdict = io::replay(emulator, &options).unwrap().verdict;
+    assert_eq!(verdict.divergence().unwrap().kind, DivergenceKind::Stall);
+    drop(keep);
 }

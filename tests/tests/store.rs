@@ -205,3 +205,82 @@ async fn without_a_majority_nothing_is_acknowledged() {
     assert_eq!(unreachable, 2);
     p.cluster.stop().await;
 }
+
+/// A replica whose directory was wiped would vote on what it forgot: its peers refuse it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wiped_replica_never_counts_under_its_old_id() {
+    let mut p = Processes::start(0, 5000).await;
+    let leader = p.leader().await;
+    let others: Vec<String> =
+        (1..=3).map(|i| format!("replica-{i}")).filter(|name| *name != leader).collect();
+    p.client.store.open(new_id(), b"before", &manifest(), false).await.unwrap();
+    p.cluster.kill(&others[0]).await.unwrap();
+    std::fs::remove_dir_all(p.cluster.dir().join(&others[0])).unwrap();
+    p.cluster.start_part(&others[0]).unwrap();
+    p.client.store.open(new_id(), b"two of three", &manifest(), false).await.unwrap();
+    p.cluster.kill(&others[1]).await.unwrap();
+    let store = p.client.store.with_patience(Duration::from_secs(2));
+    let refused = store.open(new_id(), b"one and a wiped one", &manifest(), false).await.unwrap_err();
+    assert!(matches!(refused, StoreError::Unavailable(_)), "{refused}");
+    p.cluster.start_part(&others[1]).unwrap();
+    until("a majority", async || store.open(new_id(), b"after", &manifest(), false).await.ok()).await;
+    p.cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_process_on_a_directory_is_refused() {
+    let p = Processes::start(0, 5000).await;
+    let said = p
+        .heddle(&[
+            "serve",
+            "storage",
+            "--id",
+            "1",
+            "--listen",
+            "127.0.0.1:0",
+            "--peer",
+            "1=http://127.0.0.1:1",
+            "--dir",
+            p.cluster.dir().join("replica-1").to_str().unwrap(),
+        ])
+        .await
+        .expect(1);
+    assert!(said.err.contains("another process serves this directory"), "{}", said.err);
+    p.cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_part_answers_health_and_reflection() {
+    use tonic_health::pb::HealthCheckRequest;
+    use tonic_health::pb::health_client::HealthClient;
+    use tonic_reflection::pb::v1::ServerReflectionRequest;
+    use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+    use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+    use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+    let p = Processes::start(1, 5000).await;
+    let nodes = p.client.coordinator.clone().nodes(v1::NodesRequest {}).await.unwrap().into_inner().nodes;
+    let file = &p.client.file;
+    let parts = [
+        (file.replicas[0].clone(), "heddle.v1.LogStore"),
+        (file.coordinator.clone(), "heddle.v1.Coordinator"),
+        (nodes[0].address.clone(), "heddle.v1.Node"),
+    ];
+    for (address, service) in parts {
+        let channel = heddle_storage::channel::connect(&address).unwrap();
+        let health = HealthClient::new(channel.clone()).check(HealthCheckRequest::default()).await.unwrap();
+        assert_eq!(health.into_inner().status, 1, "{service} serves");
+        let request = ServerReflectionRequest {
+            host: String::new(),
+            message_request: Some(MessageRequest::ListServices(String::new())),
+        };
+        let mut answers = ServerReflectionClient::new(channel)
+            .server_reflection_info(tokio_stream::iter([request]))
+            .await
+            .unwrap()
+            .into_inner();
+        let answer = answers.message().await.unwrap().unwrap().message_response;
+        let Some(MessageResponse::ListServicesResponse(list)) = answer else { panic!("{answer:?}") };
+        assert!(list.service.iter().any(|s| s.name == service), "{service} is described");
+    }
+    p.cluster.stop().await;
+}
