@@ -6,7 +6,7 @@
 
 use heddle_cli::cluster::Cluster;
 use heddle_cli::local::{LocalCluster, LocalConfig};
-use heddle_proto::{Chunk, ChunkBuilder, Event, Hash, Manifest, RecordingId, v1};
+use heddle_proto::{Chunk, ChunkBuilder, Event, Manifest, RecordingId, v1};
 use heddle_storage::StoreClient;
 use serde_json::Value;
 use std::io::Write;
@@ -174,7 +174,6 @@ pub async fn until<T>(what: &str, mut condition: impl AsyncFnMut() -> Option<T>)
             return value;
         }
         assert!(Instant::now() < limit, "waited in vain for {what}");
-        tokio::task::yield_now().await;
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
@@ -246,9 +245,6 @@ pub async fn append(store: &StoreClient, epoch: u64, chunks: &[Chunk]) -> Result
 pub fn new_id() -> RecordingId {
     RecordingId(rand::random())
 }
-
-/// Zero hash, for tests of the chain.
-pub const NOTHING: Hash = Hash::ZERO;
 
 /// The workspace's root.
 pub fn root() -> PathBuf {
