@@ -51,14 +51,17 @@ pub async fn run(command: Demo, format: Format) -> Result<u8> {
         lease_ms: LEASE_MS,
         offers_planted: true,
     };
+    // One future for the whole demo: a Ctrl-C between two waits must not be lost.
+    let stop = crate::serve::asked_to_stop();
+    tokio::pin!(stop);
     let mut demo = tokio::select! {
         started = LocalCluster::start(config) => Demonstration { cluster: started?, result: json!({}) },
-        () = crate::serve::asked_to_stop() => return Ok(130),
+        () = &mut stop => return Ok(130),
     };
     // Dropping the cluster kills its processes, and the directory goes with it.
     let done = tokio::select! {
         done = demo.tell(&mut story, command.seed) => done,
-        () = crate::serve::asked_to_stop() => {
+        () = &mut stop => {
             demo.cluster.stop().await;
             eprintln!("heddle: interrupted; everything that was started is stopped");
             return Ok(130);
