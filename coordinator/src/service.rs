@@ -219,12 +219,11 @@ impl Coordinator {
 }
 
 fn job_row(job: &Job) -> v1::JobRow {
-    let name = |value: &dyn erased::Named| value.name();
     v1::JobRow {
         id: job.id.clone(),
-        kind: name(&job.kind),
+        kind: name_of(&job.kind),
         recording: job.recording.to_vec().into(),
-        state: name(&job.state),
+        state: name_of(&job.state),
         against: job.against.clone(),
         tasks: job.tasks.iter().enumerate().map(|(index, task)| task_row(index, task)).collect(),
         outcome: job.outcome.clone(),
@@ -257,19 +256,9 @@ fn task_row(index: usize, task: &Task) -> v1::TaskRow {
 }
 
 /// The lower-case name that serde gives a plain enum's value.
-mod erased {
-    use serde::Serialize;
-
-    pub(super) trait Named {
-        fn name(&self) -> String;
-    }
-
-    impl<T: Serialize> Named for T {
-        fn name(&self) -> String {
-            let value = serde_json::to_value(self).unwrap_or_default();
-            value.as_str().unwrap_or_default().to_string()
-        }
-    }
+fn name_of(value: &impl serde::Serialize) -> String {
+    let value = serde_json::to_value(value).unwrap_or_default();
+    value.as_str().unwrap_or_default().to_string()
 }
 
 #[tonic::async_trait]

@@ -164,7 +164,6 @@ pub async fn record(
             // No use in going on: nobody will take the events any more.
             queue.request_shutdown(1);
             wake(&kick);
-            chunker.with_outbox(|outbox| outbox.path().to_path_buf());
             let error = failed.unwrap_or_else(|e| StoreError::Unavailable(e.to_string()));
             bail!(refused(error, &chunker));
         }

@@ -140,7 +140,7 @@ impl Worker {
         // The coordinator may be away for a while: a verdict is not dropped for that.
         for _ in 0..600 {
             match self.coordinator.report(report.clone()).await {
-                Err(status) if is_transient(&status) => tokio::time::sleep(RETRY).await,
+                Err(status) if channel::is_transient(&status) => tokio::time::sleep(RETRY).await,
                 _ => return,
             }
         }
@@ -193,12 +193,6 @@ impl Worker {
             tokio::time::sleep(pause).await;
         }
     }
-}
-
-/// Whether a call may be made again: the connection or the coordinator went away.
-fn is_transient(status: &Status) -> bool {
-    use tonic::Code::{Cancelled, Internal, Unavailable, Unknown};
-    matches!(status.code(), Unavailable | Unknown | Cancelled | Internal)
 }
 
 /// The role plan must be the one this engine keeps: a checkpoint runs on its recorded

@@ -1,7 +1,6 @@
 //! Replaying: what each role does when the log decides.
 
 use crate::emulator::{Emulator, Log, Step, World};
-use crate::replayer::Turn;
 use crate::timer::TimerClock;
 use heddle_proto::verdict::Side;
 use heddle_proto::{Body, CheckpointKind, ClockKind, DivergenceKind, Event, Role};
@@ -94,7 +93,7 @@ impl Emulator {
         let (icount, pc) = (self.machine.icount, self.pc());
         let Log::Replayer(replayer) = &mut self.log else { return Step::Ended };
         match replayer.checkpoint(offered, icount, pc) {
-            Some((kind, Turn::Run)) => self.run_site(kind),
+            Some(kind) => self.run_site(kind),
             _ if replayer.outcome().is_some() => {
                 self.has_ended = true;
                 return Step::Ended;

@@ -30,15 +30,6 @@ pub enum LogEnd {
     Before(u64),
 }
 
-/// What the log says to a site that asks whether it is its turn.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Turn {
-    /// It is the next event, on this role, here.
-    Run,
-    /// Not now; and if the other role can't go on either, the replay has diverged.
-    Wait,
-}
-
 /// How a replay ended.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ReplayEnd {
@@ -192,13 +183,8 @@ impl Replayer {
         self.diverge(kind, icount, expected, found, pc);
     }
 
-    /// Asks for a turn at a site: `offered` is all that this role could run now.
-    pub fn checkpoint(
-        &mut self,
-        offered: &[CheckpointKind],
-        icount: u64,
-        pc: u64,
-    ) -> Option<(CheckpointKind, Turn)> {
+    /// Asks for a turn: `offered` is all that this role could run now; the one whose turn it is.
+    pub fn checkpoint(&mut self, offered: &[CheckpointKind], icount: u64, pc: u64) -> Option<CheckpointKind> {
         let is_pinned = self.is_pinned;
         let role = role::current();
         let next = self.peek()?;
@@ -207,7 +193,7 @@ impl Replayer {
             && offered.contains(&kind)
             && (next.role == role || !is_pinned)
         {
-            return Some((kind, Turn::Run));
+            return Some(kind);
         }
         self.offers[role as usize] = Some(offered.to_vec());
         self.decide(icount, pc);

@@ -52,6 +52,11 @@ fn replay(events: Vec<Event>, sleep: Sleep, rounds: u64, seed: u64) -> (Verdict,
     (verdict, emulator.machine_mut().take_console())
 }
 
+/// An emulator about to replay two rounds of the guest, as `replayer` says.
+fn replay_by(replayer: Replayer, sleep: Sleep) -> Emulator {
+    Emulator::replay(guest::short(2, 1).unwrap(), replayer, positions(), sleep, Build::default())
+}
+
 fn seeds(default: u64) -> std::ops::Range<u64> {
     let read = |name| std::env::var(name).ok().and_then(|text: String| text.parse::<u64>().ok());
     match (read("HEDDLE_SEED"), read("HEDDLE_SEEDS")) {
@@ -135,13 +140,7 @@ fn snapshots_anywhere_change_nothing_and_start_a_replay() {
             let from = snapshot.position;
             let rest = recorded.events[from.event as usize..].to_vec();
             let replayer = replayer(rest, from, LogEnd::Complete);
-            let mut emulator = Emulator::replay(
-                guest::short(2, 1).unwrap(),
-                replayer,
-                positions(),
-                recorded.sleep,
-                Build::default(),
-            );
+            let mut emulator = replay_by(replayer, recorded.sleep);
             assert_eq!(emulator.restore(snapshot.root, &mut blocks).unwrap(), from);
             assert_eq!(emulator.digest(), snapshot.digest);
             schedule::replay(&mut emulator, seed + 2);
@@ -265,13 +264,7 @@ fn without_pinning_the_guest_can_tell() {
         let recorded = record(seed * 4, 2);
         let mut replayer = replayer(recorded.events.clone(), Position::default(), LogEnd::Complete);
         replayer.unpin();
-        let mut emulator = Emulator::replay(
-            guest::short(2, 1).unwrap(),
-            replayer,
-            positions(),
-            recorded.sleep,
-            Build::default(),
-        );
+        let mut emulator = replay_by(replayer, recorded.sleep);
         schedule::replay(&mut emulator, seed);
         differing += u32::from(!emulator.verdict().unwrap().is_match());
     }
@@ -332,13 +325,7 @@ fn a_log_cut_anywhere_ends_in_a_clear_verdict() {
         assert_eq!(divergence.kind, DivergenceKind::LogEndedEarly, "cut at {cut}: {divergence}");
         // Known to be cut, the same prefix is a match up to its last event.
         let replayer = replayer(events.clone(), Position::default(), LogEnd::Cut);
-        let mut emulator = Emulator::replay(
-            guest::short(2, 1).unwrap(),
-            replayer,
-            positions(),
-            recorded.sleep,
-            Build::default(),
-        );
+        let mut emulator = replay_by(replayer, recorded.sleep);
         schedule::replay(&mut emulator, cut as u64);
         let verdict = emulator.verdict().unwrap();
         assert!(verdict.is_match(), "cut at {cut}: {:?}", verdict.outcome);

@@ -4,6 +4,7 @@ use hyper_util::rt::TokioIo;
 use std::path::PathBuf;
 use std::time::Duration;
 use tonic::transport::{Channel, Endpoint, Error, Uri};
+use tonic::{Code, Status};
 use tower::service_fn;
 
 /// Largest gRPC message: a chunk or a batch of blocks, with room.
@@ -34,4 +35,9 @@ pub fn connect(address: &str) -> Result<Channel, Error> {
             })))
         }
     }
+}
+
+/// Whether a call may be made again: the connection, or who answers there, went away.
+pub fn is_transient(status: &Status) -> bool {
+    matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal)
 }

@@ -1,6 +1,6 @@
 //! The store's client: finds the leader, retries what is safe, checks what it gets.
 
-use crate::channel::{MESSAGE_BYTES_MAX, connect};
+use crate::channel::{MESSAGE_BYTES_MAX, connect, is_transient};
 use crate::service::{BLOCK_BYTES_MAX, LEADER_KEY, compress_block};
 use bytes::Bytes;
 use heddle_proto::v1::log_store_client::LogStoreClient;
@@ -155,11 +155,8 @@ impl StoreClient {
                 Ok(Err(status)) => status,
                 Err(_) => Status::unavailable("no answer in time"),
             };
-            let is_transient = matches!(
-                status.code(),
-                Code::Unavailable | Code::Unknown | Code::Cancelled | Code::DeadlineExceeded | Code::Internal
-            );
-            if !is_transient || Instant::now() >= until {
+            let may_retry = is_transient(&status) || status.code() == Code::DeadlineExceeded;
+            if !may_retry || Instant::now() >= until {
                 return Err(status.into());
             }
             self.redirect(tried, &status);
@@ -274,7 +271,7 @@ impl StoreClient {
     }
 
     fn transient(&self, tried: usize, status: Status) -> StoreError {
-        if matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal) {
+        if is_transient(&status) {
             self.redirect(tried, &status);
             return StoreError::Unavailable(status.message().into());
         }

@@ -12,6 +12,7 @@ use heddle_node::blocks::BlockCache;
 use heddle_node::replay::{Control, Span};
 use heddle_proto::verdict::TaskResult;
 use heddle_proto::{Outcome, Verdict, v1};
+use heddle_storage::channel::is_transient;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -36,12 +37,6 @@ pub async fn run(cluster: &Cluster, command: Replay, format: Format) -> Result<u
     let value = summary(&job, seconds)?;
     print(&value, &command.recording, format)?;
     Ok(if job.outcome == "match" { OK } else { DIVERGED })
-}
-
-/// Whether a call may be made again: the connection or the coordinator went away.
-fn is_transient(status: &tonic::Status) -> bool {
-    use tonic::Code::{Cancelled, Unavailable, Unknown};
-    matches!(status.code(), Unavailable | Unknown | Cancelled)
 }
 
 /// A job id that is made by its client, so that a retry is the same job.
