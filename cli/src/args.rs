@@ -102,6 +102,9 @@ pub struct Up {
     /// Nodes offer builds with a planted fault, for tests and demos alone.
     #[arg(long)]
     pub offer_planted: bool,
+    /// A QEMU that nodes offer; without any, the usual ones on the PATH.
+    #[arg(long, value_name = "FILE")]
+    pub qemu: Vec<PathBuf>,
 }
 
 /// `heddle serve`.
@@ -163,6 +166,9 @@ pub enum Serve {
         /// Offer builds with a planted fault, for tests and demos alone.
         #[arg(long)]
         offer_planted: bool,
+        /// A QEMU to offer; without any, the usual ones on the PATH.
+        #[arg(long, value_name = "FILE")]
+        qemu: Vec<PathBuf>,
         /// End when the parent process ends.
         #[arg(long, hide = true)]
         with_parent: bool,
@@ -174,6 +180,41 @@ pub enum Serve {
 pub enum Record {
     /// The built-in RISC-V machine. Without firmware and kernel, the bundled guest.
     Builtin(Box<RecordBuiltin>),
+    /// A QEMU of yours: its own command line behind `--`.
+    Qemu(Box<RecordQemu>),
+}
+
+/// `heddle record qemu`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct RecordQemu {
+    /// The recording's name.
+    #[arg(long)]
+    pub name: String,
+    /// A label, KEY=VALUE.
+    #[arg(long = "label", value_name = "K=V")]
+    pub labels: Vec<String>,
+    /// Instructions between snapshots, 0 for none but the last. Each stops the guest for
+    /// about a tenth of a second; `heddle index` makes them later without that.
+    #[arg(long, default_value_t = 0)]
+    pub snapshot_every: u64,
+    /// Keep the recording only if the guest fails: exit code other than 0.
+    #[arg(long, value_name = "WHEN", value_parser = ["always", "fail"], default_value = "always")]
+    pub keep_if: String,
+    /// Where events wait for the store.
+    #[arg(long, value_name = "DIR")]
+    pub outbox: Option<PathBuf>,
+    /// How much may wait before the guest pauses.
+    #[arg(long, default_value = "256M", value_parser = parse_bytes_not_zero)]
+    pub outbox_bytes: u64,
+    /// End the recording, with exit code 0, once the console has printed this.
+    #[arg(long, value_name = "TEXT")]
+    pub until: Option<String>,
+    /// Type a line only once the console has printed this, for each line.
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// QEMU and its options.
+    #[arg(last = true, required = true, value_name = "QEMU")]
+    pub command: Vec<String>,
 }
 
 /// `heddle record builtin`.

@@ -1,6 +1,7 @@
 //! Which cluster: a directory, a URL, or an embedded one.
 
 use crate::exit::{NO_QUORUM, USAGE, coded};
+use crate::serve::offered;
 use anyhow::{Context, Result};
 use heddle_coordinator::{Coordinator, CoordinatorConfig};
 use heddle_node::worker::{NodeConfig, Worker};
@@ -151,6 +152,7 @@ impl Cluster {
             coordinator: address.clone(),
             address,
             offers_planted: true,
+            qemu: offered(&[]).await,
         })?;
         let (coordinator_service, node_service) = (coordinator.service(), worker.service());
         let store_services = replica.services();

@@ -50,6 +50,7 @@ pub async fn run(command: Demo, format: Format) -> Result<u8> {
         slots: 1,
         lease_ms: LEASE_MS,
         offers_planted: true,
+        qemu: vec![],
     };
     // One future for the whole demo: a Ctrl-C between two waits must not be lost.
     let stop = crate::serve::asked_to_stop();

@@ -27,6 +27,8 @@ pub struct LocalConfig {
     pub lease_ms: u64,
     /// Nodes offer builds with a planted fault.
     pub offers_planted: bool,
+    /// QEMUs that nodes offer; none: the usual ones on the path.
+    pub qemu: Vec<PathBuf>,
 }
 
 /// A port that stays ours: bound, never listened on, so that a dead part refuses
@@ -130,6 +132,9 @@ impl LocalCluster {
             command.arg("--coordinator").arg(self.coordinator.url());
             if self.config.offers_planted {
                 command.arg("--offer-planted");
+            }
+            for program in &self.config.qemu {
+                command.arg("--qemu").arg(program);
             }
             replicas(&mut command);
         }

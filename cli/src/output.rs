@@ -87,3 +87,8 @@ pub fn bytes(number: u64) -> String {
         _ => format!("{:.1} MB", number as f64 / 1e6),
     }
 }
+
+/// Whether a program reads this, which wants nothing else on standard output.
+pub fn is_for_programs(format: Format) -> bool {
+    matches!(format, Format::Json | Format::Yaml | Format::Name)
+}

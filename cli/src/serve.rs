@@ -4,6 +4,7 @@ use crate::args;
 use crate::exit::{USAGE, coded};
 use anyhow::{Context, Result, bail};
 use heddle_coordinator::{Coordinator, CoordinatorConfig};
+use heddle_node::qemu::builds::{self, QemuBuild};
 use heddle_node::worker::{NodeConfig, Worker};
 use heddle_storage::server::{Listener, serve};
 use heddle_storage::{Replica, ReplicaConfig};
@@ -47,7 +48,16 @@ pub async fn run(command: args::Serve) -> Result<()> {
                 () = asked_to_stop() => Ok(()),
             }
         }
-        args::Serve::Node { name, listen, replicas, coordinator, slots, offer_planted, with_parent } => {
+        args::Serve::Node {
+            name,
+            listen,
+            replicas,
+            coordinator,
+            slots,
+            offer_planted,
+            qemu,
+            with_parent,
+        } => {
             follow_parent(with_parent)?;
             let listener = bind(listen)?;
             let address = format!("http://{listen}");
@@ -58,6 +68,7 @@ pub async fn run(command: args::Serve) -> Result<()> {
                 coordinator,
                 address,
                 offers_planted: offer_planted,
+                qemu: offered(&qemu).await,
             })?;
             let service = worker.service();
             tokio::select! {
@@ -112,4 +123,15 @@ pub async fn asked_to_stop() {
             let _ = tokio::signal::ctrl_c().await;
         }
     }
+}
+
+/// The QEMU builds that a node offers; what can't be is said once.
+pub async fn offered(named: &[std::path::PathBuf]) -> Vec<QemuBuild> {
+    let named = named.to_vec();
+    let (found, said) =
+        tokio::task::spawn_blocking(move || builds::offered(&named)).await.unwrap_or_default();
+    for said in said {
+        tracing::warn!("{said}");
+    }
+    found
 }

@@ -50,7 +50,10 @@ pub fn roles() -> Vec<RolePlan> {
         | CheckpointKind::ClockWarpStart
         | CheckpointKind::ClockHost
         | CheckpointKind::ClockVirtualRt
-        | CheckpointKind::Shutdown => Role::Iothread,
+        | CheckpointKind::Shutdown
+        | CheckpointKind::ResetRequested
+        | CheckpointKind::SuspendRequested
+        | CheckpointKind::Reset => Role::Iothread,
     };
     CheckpointKind::ALL
         .into_iter()

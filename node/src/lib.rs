@@ -7,7 +7,9 @@
 
 pub mod blocks;
 pub mod chunker;
+pub mod live;
 pub mod outbox;
+pub mod qemu;
 pub mod record;
 pub mod replay;
 pub mod upload;

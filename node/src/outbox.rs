@@ -45,6 +45,7 @@ pub struct Outbox {
     /// Chunks not acknowledged, oldest first.
     pending: VecDeque<Place>,
     pending_bytes: u64,
+    written_events: u64,
     bytes_max: u64,
     /// Chunks for which there was no room.
     waiting: VecDeque<Chunk>,
@@ -85,6 +86,7 @@ impl Outbox {
             punched: HEADER_BYTES,
             pending: VecDeque::new(),
             pending_bytes: 0,
+            written_events: 0,
             bytes_max,
             waiting: VecDeque::new(),
             is_draining: false,
@@ -116,6 +118,7 @@ impl Outbox {
             let at = self.end + FRAME_BYTES;
             self.pending.push_back(Place { at, bytes: bytes as u32, end_event });
             self.pending_bytes += bytes;
+            self.written_events = end_event;
             self.end += frame.len() as u64;
             self.waiting.pop_front();
         }
@@ -135,6 +138,11 @@ impl Outbox {
     /// Whether all is acknowledged.
     pub fn is_empty(&self) -> bool {
         self.pending.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Events that are in the file, or were: the rest waits for room.
+    pub fn written_events(&self) -> u64 {
+        self.written_events
     }
 
     /// Bytes not acknowledged.

@@ -2,17 +2,16 @@
 
 use crate::blocks::put_image;
 use crate::chunker::Chunker;
-use crate::outbox::{LeftBehind, Outbox, left_behind, read_left_behind};
-use crate::upload::Uploader;
+use crate::live::{Live, NewSnapshot, SnapshotQueue};
+use crate::outbox::{LeftBehind, left_behind, read_left_behind};
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use heddle_proto::manifest::{Image, MANIFEST_VERSION, MachineSpec, Manifest, Positions, Sleep};
-use heddle_proto::v1::coordinator_client::CoordinatorClient;
-use heddle_proto::{AsyncEvent, ChunkBuilder, Event, Hash, Position, RecordingId, v1};
+use heddle_proto::{AsyncEvent, EmulatorSpec, Event, Hash, Position, RecordingId, v1};
 use heddle_replay_engine::io::{self, RecordSink};
 use heddle_replay_engine::machine::loader::{self, Images};
 use heddle_replay_engine::{AsyncQueue, BUILTIN, Emulator, Snapshot};
-use heddle_storage::{StoreClient, StoreError, channel};
+use heddle_storage::{StoreClient, StoreError};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,13 +19,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
 
-/// Bytes of snapshots that may wait for the store; beyond it the guest pauses.
-const SNAPSHOT_BYTES_MAX: u64 = 256 << 20;
 /// Typed bytes that may wait for the guest; beyond it standard input waits.
 const TYPED_BYTES_MAX: usize = 16 << 10;
 const TYPED_POLL: Duration = Duration::from_millis(10);
-/// How often the recorder tells the coordinator that it lives.
-const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
 
 /// A file to run, by the user's name for it.
 pub type NamedFile = (String, Bytes);
@@ -108,46 +103,31 @@ pub async fn record(
     started: impl FnOnce(RecordingId),
 ) -> Result<Recorded> {
     let (manifest, images) = prepare(store, &request).await?;
-    let machine = loader::build(&manifest.machine, &images)?;
+    let (spec, _) = manifest.builtin().context("the manifest is the built-in machine's")?;
+    let machine = loader::build(spec, &images)?;
     drop(images);
-    let token: [u8; 16] = rand::random();
-    let opened =
-        store.open(manifest.id, &token, &manifest.encode(), false).await.context("open the recording")?;
+    let mut live =
+        Live::open(store, &manifest, &request.outbox_dir, request.outbox_bytes, &watermarks).await?;
     let id = manifest.id;
     started(id);
 
-    let outbox = Outbox::create(&request.outbox_dir, id, token, request.outbox_bytes)?;
-    let chunker = Chunker::new(ChunkBuilder::new(id), outbox);
-    let (snapshot_sender, snapshots) = mpsc::unbounded_channel();
-    let waiting_bytes = Arc::new(AtomicU64::new(0));
     let sink = Sink {
-        chunker: chunker.clone(),
-        snapshots: snapshot_sender,
-        waiting_bytes: waiting_bytes.clone(),
+        chunker: live.chunker.clone(),
+        snapshots: live.snapshots.take().context("the queue is taken once")?,
         output: console.output,
         watermarks: watermarks.clone(),
     };
     let queue = AsyncQueue::default();
-    let uploader = Uploader {
-        store: store.clone(),
-        recording: id,
-        epoch: opened.epoch,
-        chunker: chunker.clone(),
-        committed: watermarks.committed.clone(),
-    };
     let kick: Arc<Mutex<Option<io::Kick>>> = Arc::default();
-    let uploads = tokio::spawn(async move { uploader.run().await });
-    let snapshot_uploads =
-        tokio::spawn(upload_snapshots(store.clone(), id, opened.epoch, snapshots, waiting_bytes));
     let typing = tokio::spawn(type_input(console.input, console.stop, queue.clone(), kick.clone()));
-    let life = coordinator
-        .map(|address| tokio::spawn(show_life(address, id, opened.epoch, queue.clone(), kick.clone())));
-    let _tasks = AbortOnDrop(
-        vec![typing.abort_handle(), uploads.abort_handle(), snapshot_uploads.abort_handle()]
-            .into_iter()
-            .chain(life.as_ref().map(tokio::task::JoinHandle::abort_handle))
-            .collect(),
-    );
+    let _typing = AbortOnDrop(typing.abort_handle());
+    if let Some(address) = coordinator {
+        let (queue, kick) = (queue.clone(), kick.clone());
+        live.show_life(address, move || {
+            queue.request_shutdown(1);
+            wake(&kick);
+        });
+    }
 
     let emulator = Emulator::record(machine, request.positions, request.sleep, queue.clone());
     let kick_slot = kick.clone();
@@ -157,55 +137,29 @@ pub async fn record(
             *kick_slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(kick);
         })
     });
-    let mut uploads = uploads;
     let recording = tokio::select! {
         done = &mut guest => done?.map_err(|error| anyhow!(error))?,
-        failed = &mut uploads => {
+        why = live.refused() => {
             // No use in going on: nobody will take the events any more.
             queue.request_shutdown(1);
             wake(&kick);
-            let error = failed.unwrap_or_else(|e| StoreError::Unavailable(e.to_string()));
-            bail!(refused(error, &chunker));
+            bail!(why);
         }
     };
-    // Dropping the sink ends the snapshots' channel.
     let (end, digest, exit_code) = (recording.position, recording.digest, recording.exit_code);
+    // Dropping the sink ends the snapshots' channel.
     drop(recording.sink);
-    chunker.flush(true);
-    let drained = async {
-        while !chunker.with_outbox(|outbox| outbox.is_empty()).unwrap_or(true) {
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-    };
-    tokio::select! {
-        () = drained => {}
-        failed = &mut uploads => {
-            bail!(refused(failed.unwrap_or_else(|e| StoreError::Unavailable(e.to_string())), &chunker));
-        }
-    }
-    snapshot_uploads.await.context("upload snapshots")??;
-    let row = store.get(id).await?;
-    store
-        .seal(id, opened.epoch, end.event, Hash::from_slice(&row.last_chunk)?, false)
-        .await
-        .context("seal the recording")?;
-    if let Some(outbox) = chunker.take_outbox() {
-        outbox.remove()?;
-    }
+    live.seal(false).await?;
     Ok(Recorded { id, end, digest, exit_code })
 }
 
-struct AbortOnDrop(Vec<tokio::task::AbortHandle>);
+/// Ends a task with the recording it serves.
+pub(crate) struct AbortOnDrop(pub(crate) tokio::task::AbortHandle);
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {
-        self.0.iter().for_each(tokio::task::AbortHandle::abort);
+        self.0.abort();
     }
-}
-
-fn refused(error: StoreError, chunker: &Chunker) -> String {
-    let kept = chunker.with_outbox(|outbox| outbox.path().display().to_string()).unwrap_or_default();
-    format!("the store takes no more of this recording ({error}); what it did not take is kept in {kept}")
 }
 
 async fn prepare(store: &StoreClient, request: &RecordRequest) -> Result<(Manifest, Images)> {
@@ -237,17 +191,19 @@ async fn prepare(store: &StoreClient, request: &RecordRequest) -> Result<(Manife
         labels: request.labels.clone(),
         created_unix_ms: created.as_millis() as u64,
         build: BUILTIN.into(),
-        machine: MachineSpec {
-            memory_bytes: request.memory_bytes,
-            shift: request.shift,
-            sleep: request.sleep,
-            bios,
-            kernel,
-            initrd,
-            append: request.append.clone(),
-            drives,
+        emulator: EmulatorSpec::Builtin {
+            machine: MachineSpec {
+                memory_bytes: request.memory_bytes,
+                shift: request.shift,
+                sleep: request.sleep,
+                bios,
+                kernel,
+                initrd,
+                append: request.append.clone(),
+                drives,
+            },
+            positions: request.positions.clone(),
         },
-        positions: request.positions.clone(),
     };
     // The same checks as a reader's, before anything runs.
     let manifest = Manifest::decode(&manifest.encode())?;
@@ -258,8 +214,7 @@ async fn prepare(store: &StoreClient, request: &RecordRequest) -> Result<(Manife
 /// Where the emulator's threads put what they produce.
 struct Sink {
     chunker: Chunker,
-    snapshots: mpsc::UnboundedSender<Snapshot>,
-    waiting_bytes: Arc<AtomicU64>,
+    snapshots: SnapshotQueue,
     output: Box<dyn FnMut(&[u8]) + Send>,
     watermarks: Watermarks,
 }
@@ -274,8 +229,14 @@ impl RecordSink for Sink {
     }
 
     fn snapshot(&mut self, snapshot: Snapshot) {
-        self.waiting_bytes.fetch_add(bytes_of(&snapshot), Ordering::Relaxed);
-        let _ = self.snapshots.send(snapshot);
+        let row = v1::SnapshotRow {
+            icount: snapshot.position.icount,
+            event: snapshot.position.event,
+            root: snapshot.root.to_vec().into(),
+            digest: snapshot.digest.to_vec().into(),
+        };
+        let blocks = snapshot.blocks.into_iter().map(|(hash, bytes)| (hash, Bytes::from(bytes))).collect();
+        self.snapshots.push(NewSnapshot { blocks, row });
     }
 
     fn console(&mut self, bytes: &[u8]) {
@@ -283,51 +244,12 @@ impl RecordSink for Sink {
     }
 
     fn is_full(&self) -> bool {
-        self.waiting_bytes.load(Ordering::Relaxed) > SNAPSHOT_BYTES_MAX
-            || self.chunker.with_outbox(|outbox| outbox.is_full()).unwrap_or(false)
+        self.snapshots.is_full() || self.chunker.with_outbox(|outbox| outbox.is_full()).unwrap_or(false)
     }
 
     fn paused(&mut self, is_paused: bool) {
         self.watermarks.paused.store(is_paused, Ordering::Relaxed);
     }
-}
-
-fn bytes_of(snapshot: &Snapshot) -> u64 {
-    snapshot.blocks.iter().map(|(_, bytes)| bytes.len() as u64).sum()
-}
-
-/// Stores snapshots in the order taken: a snapshot's blocks include none of earlier ones.
-async fn upload_snapshots(
-    store: StoreClient,
-    id: RecordingId,
-    epoch: u64,
-    mut snapshots: mpsc::UnboundedReceiver<Snapshot>,
-    waiting_bytes: Arc<AtomicU64>,
-) -> Result<()> {
-    while let Some(snapshot) = snapshots.recv().await {
-        let bytes = bytes_of(&snapshot);
-        let blocks: Vec<(Hash, Bytes)> =
-            snapshot.blocks.iter().map(|(hash, bytes)| (*hash, Bytes::copy_from_slice(bytes))).collect();
-        let row = v1::SnapshotRow {
-            icount: snapshot.position.icount,
-            event: snapshot.position.event,
-            root: snapshot.root.to_vec().into(),
-            digest: snapshot.digest.to_vec().into(),
-        };
-        loop {
-            let stored = async {
-                store.put_blocks(blocks.clone()).await?;
-                store.add_snapshot(id, epoch, row.clone()).await
-            };
-            match stored.await {
-                Ok(()) => break,
-                Err(StoreError::Unavailable(_)) => {}
-                Err(error) => return Err(error).context("store a snapshot"),
-            }
-        }
-        waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
-    }
-    Ok(())
 }
 
 fn wake(kick: &Mutex<Option<io::Kick>>) {
@@ -350,28 +272,6 @@ async fn type_input(
             else => return,
         }
         wake(&kick);
-    }
-}
-
-/// Tells the coordinator that this recorder lives, and stops the guest if it was fenced.
-async fn show_life(
-    address: String,
-    id: RecordingId,
-    epoch: u64,
-    queue: AsyncQueue,
-    kick: Arc<Mutex<Option<io::Kick>>>,
-) {
-    let Ok(channel) = channel::connect(&address) else { return };
-    let mut client = CoordinatorClient::new(channel);
-    loop {
-        let request = v1::RecordingRequest { recording: id.to_vec().into(), epoch, ended: false };
-        if let Ok(reply) = client.recording(request).await
-            && reply.into_inner().fenced
-        {
-            queue.request_shutdown(1);
-            wake(&kick);
-        }
-        tokio::time::sleep(SIGN_OF_LIFE).await;
     }
 }
 

@@ -56,7 +56,8 @@ impl Span {
     ) -> Result<Span> {
         let row = store.get(id).await.context("look up the recording")?;
         let manifest = Manifest::decode(&row.manifest)?;
-        let images = blocks.images(&manifest.machine).await?;
+        let (machine, _) = manifest.builtin().context("the recording is QEMU's")?;
+        let images = blocks.images(machine).await?;
         let chunks = store.read(id, bounds.from_event, bounds.to_event).await.context("read the log")?;
         let end = match bounds.to_event {
             0 if row.state == "sealed" => LogEnd::Complete,
@@ -73,12 +74,12 @@ impl Span {
 
     /// An emulator at the span's beginning. Called from a thread of its own.
     fn emulator(&self, build: Build) -> Result<Emulator, String> {
-        let machine = loader::build(&self.manifest.machine, &self.images).map_err(|e| e.to_string())?;
+        let (spec, positions) = self.manifest.builtin().ok_or("the recording is QEMU's")?;
+        let machine = loader::build(spec, &self.images).map_err(|e| e.to_string())?;
         let from = Position { icount: self.bounds.from_icount, event: self.bounds.from_event };
         let source = ChunkSource { chunks: self.chunks.clone().into(), next_event: from.event };
         let replayer = Replayer::new(Box::new(source), from, self.end);
-        let positions = self.manifest.positions.clone();
-        let mut emulator = Emulator::replay(machine, replayer, positions, self.manifest.machine.sleep, build);
+        let mut emulator = Emulator::replay(machine, replayer, positions.clone(), spec.sleep, build);
         if !self.bounds.snapshot_root.is_empty() {
             let root = Hash::from_slice(&self.bounds.snapshot_root).map_err(|e| e.to_string())?;
             let found = emulator.restore(root, &mut self.blocks.clone())?;

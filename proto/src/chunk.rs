@@ -7,14 +7,14 @@
 //! first icount u64 | last icount u64                      icounts  varint deltas
 //! payload bytes u32 | raw bytes u32                       values   zigzag varint deltas, by kind
 //! payload BLAKE3 32 | previous chunk's id 32              bytes    varint length, then bytes
-//! counts by kind 16 x u32
+//! counts by kind 35 x u32
 //! ```
 //! A chunk's id is the BLAKE3 of its header, which holds the payload's hash: the
 //! header alone shows order, integrity and chain. A chunk never splits a checkpoint
 //! from its async events. Every length is bounded before anything is allocated.
 
 use crate::event::{AsyncEvent, Body, CheckpointKind, ClockKind, Event, KINDS, Role};
-use crate::{Hash, RecordingId};
+use crate::{Hash, QemuEvent, RecordingId};
 use bytes::Bytes;
 
 /// Bytes of a header.
@@ -26,7 +26,7 @@ pub const RAW_BYTES_MAX: usize = 32 << 20;
 /// Most events in a chunk.
 pub const EVENTS_MAX: usize = 1 << 20;
 const MAGIC: &[u8; 4] = b"HDLC";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const CODEC_ZSTD: u8 = 1;
 /// Level 3: the live stream must not slow the guest; sealing may recompress.
 const ZSTD_LEVEL: i32 = 3;
@@ -314,6 +314,7 @@ impl ChunkBuilder {
         self.bytes += 8 + match &event.body {
             Body::Async(AsyncEvent::Char { data }) => data.len(),
             Body::Digest { .. } => 64,
+            Body::Qemu(event) => 8 + event.data().map_or(0, <[u8]>::len),
             _ => 0,
         };
         self.events.push(event);
@@ -348,17 +349,18 @@ fn encode_columns(events: &[Event]) -> Vec<u8> {
     let mut columns: [Vec<u8>; 4] = Default::default();
     let [kinds, icounts, values, bytes] = &mut columns;
     let mut last_icount = events[0].icount;
-    let mut last_value = [0i64; KINDS];
+    let mut last_value = [[0i64; 2]; KINDS];
     for event in events {
         let code = event.body.code();
         kinds.push(code | (event.role as u8) << 7);
         put_varint(icounts, event.icount - last_icount);
         last_icount = event.icount;
-        let mut put_value = |value: i64| {
-            let delta = value.wrapping_sub(last_value[code as usize]);
+        let mut put_slot = |slot: usize, value: i64| {
+            let delta = value.wrapping_sub(last_value[code as usize][slot]);
             put_varint(values, ((delta << 1) ^ (delta >> 63)) as u64);
-            last_value[code as usize] = value;
+            last_value[code as usize][slot] = value;
         };
+        let mut put_value = |value: i64| put_slot(0, value);
         match &event.body {
             Body::Clock { value, .. } => put_value(*value),
             Body::Async(AsyncEvent::BottomHalf { id } | AsyncEvent::Block { id }) => {
@@ -376,6 +378,14 @@ fn encode_columns(events: &[Event]) -> Vec<u8> {
             Body::Digest { root, history } => {
                 bytes.extend_from_slice(&root.0);
                 bytes.extend_from_slice(&history.0);
+            }
+            Body::Qemu(event) => {
+                let (numbers, count) = event.numbers();
+                numbers[..count].iter().enumerate().for_each(|(slot, number)| put_slot(slot, *number));
+                if let Some(data) = event.data() {
+                    put_varint(bytes, data.len() as u64);
+                    bytes.extend_from_slice(data);
+                }
             }
             Body::Checkpoint(_) | Body::End => {}
         }
@@ -402,7 +412,7 @@ fn decode_columns(raw: &[u8], header: &ChunkHeader) -> Result<Vec<Event>, ChunkE
     }
     let mut events = Vec::with_capacity(kinds.have());
     let mut icount = header.first_icount;
-    let mut last_value = [0i64; KINDS];
+    let mut last_value = [[0i64; 2]; KINDS];
     let mut counts = [0u32; KINDS];
     for _ in 0..header.events {
         let [kind] = kinds.array()?;
@@ -411,13 +421,14 @@ fn decode_columns(raw: &[u8], header: &ChunkHeader) -> Result<Vec<Event>, ChunkE
         icount = icount.checked_add(delta).ok_or(ChunkError::Malformed("icount overflows"))?;
         let count = counts.get_mut(code as usize).ok_or(ChunkError::Malformed("unknown event kind"))?;
         *count += 1;
-        let mut value = || {
+        let mut slot_value = |slot: usize| {
             let zigzag = values.varint()?;
             let delta = (zigzag >> 1) as i64 ^ -((zigzag & 1) as i64);
-            let last = &mut last_value[code as usize];
+            let last = &mut last_value[code as usize][slot];
             *last = last.wrapping_add(delta);
             Ok::<i64, ChunkError>(*last)
         };
+        let mut value = || slot_value(0);
         let body = match code {
             0 => Body::Clock { clock: ClockKind::Host, value: value()? },
             1 => Body::Clock { clock: ClockKind::VirtualRt, value: value()? },
@@ -437,7 +448,26 @@ fn decode_columns(raw: &[u8], header: &ChunkHeader) -> Result<Vec<Event>, ChunkE
                 output: u64::from_le_bytes(bytes.array()?),
             },
             14 => Body::Digest { root: Hash(bytes.array()?), history: Hash(bytes.array()?) },
-            _ => Body::End,
+            15 => Body::End,
+            16..=18 => Body::Checkpoint(CheckpointKind::ALL[code as usize - 9]),
+            _ => {
+                let kind = code - 19;
+                let (count, has_data) =
+                    QemuEvent::shape(kind).ok_or(ChunkError::Malformed("unknown event kind"))?;
+                let mut numbers = [0; 2];
+                for (slot, number) in numbers.iter_mut().enumerate().take(count) {
+                    *number = slot_value(slot)?;
+                }
+                let data = if has_data {
+                    let len = bytes.varint()?;
+                    let len = usize::try_from(len).map_err(|_| ChunkError::Malformed("length"))?;
+                    bytes.take(len)?.to_vec()
+                } else {
+                    vec![]
+                };
+                let event = QemuEvent::from_parts(kind, numbers, data);
+                Body::Qemu(event.ok_or(ChunkError::Malformed("a number is out of its range"))?)
+            }
         };
         events.push(Event { icount, role, body });
     }

@@ -1,6 +1,6 @@
 //! Events: the non-deterministic happenings of an execution, and where they stand.
 
-use crate::Hash;
+use crate::{Hash, QemuEvent};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -74,11 +74,17 @@ pub enum CheckpointKind {
     ClockVirtualRt,
     /// The machine is being switched off.
     Shutdown,
+    /// QEMU: a reset was asked for.
+    ResetRequested,
+    /// QEMU: a suspend was asked for.
+    SuspendRequested,
+    /// QEMU: the machine is being reset.
+    Reset,
 }
 
 impl CheckpointKind {
     /// All kinds, in the order of their codes.
-    pub const ALL: [CheckpointKind; 7] = [
+    pub const ALL: [CheckpointKind; 10] = [
         CheckpointKind::Init,
         CheckpointKind::ClockWarpStart,
         CheckpointKind::ClockWarpAccount,
@@ -86,6 +92,9 @@ impl CheckpointKind {
         CheckpointKind::ClockHost,
         CheckpointKind::ClockVirtualRt,
         CheckpointKind::Shutdown,
+        CheckpointKind::ResetRequested,
+        CheckpointKind::SuspendRequested,
+        CheckpointKind::Reset,
     ];
     /// The kind with this name, as `Debug` prints it.
     pub fn by_name(name: &str) -> Option<CheckpointKind> {
@@ -148,6 +157,8 @@ pub enum Body {
     },
     /// The log is complete.
     End,
+    /// What only a QEMU log has.
+    Qemu(QemuEvent),
 }
 
 /// One non-deterministic happening.
@@ -162,10 +173,20 @@ pub struct Event {
 }
 
 /// Number of kind codes; a chunk's header counts events by them.
-pub const KINDS: usize = 16;
+pub const KINDS: usize = 19 + QemuEvent::KINDS;
 
 /// Names of the kind codes, for people.
-pub const KIND_NAMES: [&str; KINDS] = [
+pub const KIND_NAMES: [&str; KINDS] = {
+    let mut names = [""; KINDS];
+    let mut at = 0;
+    while at < KINDS {
+        names[at] = if at < 19 { OWN_NAMES[at] } else { QemuEvent::NAMES[at - 19] };
+        at += 1;
+    }
+    names
+};
+
+const OWN_NAMES: [&str; 19] = [
     "clock-host",
     "clock-virtual-rt",
     "init",
@@ -182,6 +203,9 @@ pub const KIND_NAMES: [&str; KINDS] = [
     "check",
     "digest",
     "end",
+    "reset-requested",
+    "suspend-requested",
+    "reset",
 ];
 
 impl Body {
@@ -190,7 +214,8 @@ impl Body {
         match self {
             Body::Clock { clock: ClockKind::Host, .. } => 0,
             Body::Clock { clock: ClockKind::VirtualRt, .. } => 1,
-            Body::Checkpoint(kind) => 2 + *kind as u8,
+            Body::Checkpoint(kind) if (*kind as u8) < 7 => 2 + *kind as u8,
+            Body::Checkpoint(kind) => 9 + *kind as u8,
             Body::Async(AsyncEvent::BottomHalf { .. }) => 9,
             Body::Async(AsyncEvent::Block { .. }) => 10,
             Body::Async(AsyncEvent::Char { .. }) => 11,
@@ -198,12 +223,17 @@ impl Body {
             Body::Check { .. } => 13,
             Body::Digest { .. } => 14,
             Body::End => 15,
+            Body::Qemu(event) => 19 + event.kind(),
         }
     }
 
     /// Whether this belongs to the checkpoint before it.
     pub fn is_async(&self) -> bool {
-        matches!(self, Body::Async(_))
+        match self {
+            Body::Async(_) => true,
+            Body::Qemu(event) => event.is_async(),
+            _ => false,
+        }
     }
 
     /// Whether this stands at a fixed position and only verifies.
@@ -228,6 +258,7 @@ impl fmt::Display for Body {
                 write!(f, "digest {} history {}", root.short(), history.short())
             }
             Body::End => f.write_str("end"),
+            Body::Qemu(event) => write!(f, "{event}"),
         }
     }
 }

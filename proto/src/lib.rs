@@ -7,12 +7,14 @@ pub mod chunk;
 pub mod event;
 pub mod id;
 pub mod manifest;
+pub mod qemu;
 pub mod verdict;
 
 pub use chunk::{Chunk, ChunkBuilder, ChunkError, ChunkHeader};
 pub use event::{AsyncEvent, Body, CheckpointKind, ClockKind, Event, Position, Role};
 pub use id::{Hash, RecordingId};
-pub use manifest::Manifest;
+pub use manifest::{EmulatorSpec, Manifest};
+pub use qemu::{QemuEvent, QemuSpec};
 pub use verdict::{Divergence, DivergenceKind, Outcome, Verdict};
 
 /// The generated gRPC messages, clients and servers of `heddle.v1`.

@@ -1,13 +1,13 @@
 //! The manifest: all that a replay needs to know beside the log.
 
-use crate::{Hash, RecordingId};
+use crate::{Hash, QemuSpec, RecordingId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Largest encoded manifest.
 pub const MANIFEST_BYTES_MAX: usize = 64 << 10;
 /// The manifest's version; another one is refused by its number.
-pub const MANIFEST_VERSION: u32 = 1;
+pub const MANIFEST_VERSION: u32 = 2;
 
 /// What was recorded, on what, and how.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,10 +25,23 @@ pub struct Manifest {
     pub created_unix_ms: u64,
     /// The emulator build that recorded it; a plain replay runs only there.
     pub build: String,
-    /// The machine.
-    pub machine: MachineSpec,
-    /// Where checks, digests and snapshots stand.
-    pub positions: Positions,
+    /// What ran.
+    pub emulator: EmulatorSpec,
+}
+
+/// The emulator and the machine it ran.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EmulatorSpec {
+    /// The built-in machine.
+    Builtin {
+        /// The machine.
+        machine: MachineSpec,
+        /// Where checks, digests and snapshots stand.
+        positions: Positions,
+    },
+    /// A QEMU of the user's.
+    Qemu(QemuSpec),
 }
 
 /// The built-in machine as configured.
@@ -133,6 +146,22 @@ pub enum ManifestError {
 }
 
 impl Manifest {
+    /// The built-in machine and its positions, if that is what ran.
+    pub fn builtin(&self) -> Option<(&MachineSpec, &Positions)> {
+        match &self.emulator {
+            EmulatorSpec::Builtin { machine, positions } => Some((machine, positions)),
+            EmulatorSpec::Qemu(_) => None,
+        }
+    }
+
+    /// The QEMU recording, if that is what ran.
+    pub fn qemu(&self) -> Option<&QemuSpec> {
+        match &self.emulator {
+            EmulatorSpec::Builtin { .. } => None,
+            EmulatorSpec::Qemu(spec) => Some(spec),
+        }
+    }
+
     /// JSON bytes.
     pub fn encode(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("a manifest has string keys only")
@@ -157,7 +186,15 @@ impl Manifest {
         let bound = |ok: bool, what, value, rule| {
             if ok { Ok(()) } else { Err(ManifestError::Bound { what, value, rule }) }
         };
-        let (m, p) = (&self.machine, &self.positions);
+        let (m, p) = match &self.emulator {
+            EmulatorSpec::Builtin { machine, positions } => (machine, positions),
+            EmulatorSpec::Qemu(spec) => {
+                let count = spec.arguments.len() as u64;
+                bound(count <= 1024, "arguments", count, "at most 1024")?;
+                let count = (spec.files.len() + spec.disks.len()) as u64;
+                return bound(count <= 64, "files and disks", count, "at most 64");
+            }
+        };
         let memory = m.memory_bytes;
         let whole = memory % (1 << 21) == 0 && (1 << 21..=4 << 30).contains(&memory);
         bound(whole, "memory_bytes", memory, "a multiple of 2 MiB, from 2 MiB to 4 GiB")?;

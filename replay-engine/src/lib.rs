@@ -14,6 +14,7 @@ pub mod io;
 pub mod lockstep;
 pub mod machine;
 pub mod page_tree;
+pub mod qemu;
 pub mod queue;
 pub mod record;
 pub mod recorder;

@@ -121,6 +121,7 @@ impl Processes {
             slots: 1,
             lease_ms,
             offers_planted: true,
+            qemu: vec![],
         })
         .await
         .unwrap();

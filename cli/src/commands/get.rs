@@ -197,8 +197,7 @@ pub async fn describe(cluster: &Cluster, command: Describe, format: Format) -> R
     match command.kind {
         Kind::Recordings => {
             let recording = recordings::find(&cluster.store, &command.name).await?;
-            value["machine"] = serde_json::to_value(&recording.manifest.machine)?;
-            value["positions"] = serde_json::to_value(&recording.manifest.positions)?;
+            value["emulator"] = serde_json::to_value(&recording.manifest.emulator)?;
             value["events_by_kind"] = counts(&recording.row.counts);
             let snapshots = recording.row.snapshots.iter();
             value["snapshots"] = snapshots.map(|s| json!({ "icount": s.icount, "event": s.event })).collect();

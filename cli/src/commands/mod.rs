@@ -1,10 +1,12 @@
 //! The client commands.
 
+pub mod console;
 pub mod diff;
 pub mod events;
 pub mod get;
 pub mod hunt;
 pub mod record;
+pub mod record_qemu;
 pub mod recordings;
 pub mod replay;
 
@@ -32,6 +34,7 @@ pub async fn run(args: Args) -> Result<u8> {
     let cluster = Cluster::open(args.cluster.as_deref()).await?;
     let done = match args.command {
         Command::Record(Record::Builtin(command)) => record::run(&cluster, *command, format).await,
+        Command::Record(Record::Qemu(command)) => record_qemu::run(&cluster, *command, format).await,
         Command::Get(command) => get::run(&cluster, command, format).await,
         Command::Describe(command) => get::describe(&cluster, command, format).await,
         Command::Events(command) => events::run(&cluster, command, format).await,
@@ -54,6 +57,7 @@ async fn up(command: Up) -> Result<u8> {
         slots: command.slots,
         lease_ms: command.lease_ms,
         offers_planted: command.offer_planted,
+        qemu: command.qemu.clone(),
     })
     .await?;
     println!("{}", serde_json::to_string_pretty(&cluster.file())?);

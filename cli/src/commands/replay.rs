@@ -4,11 +4,12 @@ use super::get::away;
 use super::recordings::{self, Recording};
 use crate::args::{Format, Replay};
 use crate::cluster::Cluster;
-use crate::exit::{DIVERGED, OK, TIMEOUT, UNEXPECTED, coded};
+use crate::exit::{DIVERGED, INCOMPATIBLE, OK, TIMEOUT, UNEXPECTED, coded};
 use crate::output;
 use crate::progress::Progress;
 use anyhow::Result;
 use heddle_node::blocks::BlockCache;
+use heddle_node::qemu::replay::QemuSpan;
 use heddle_node::replay::{Control, Span};
 use heddle_proto::verdict::TaskResult;
 use heddle_proto::{Outcome, Verdict, v1};
@@ -199,16 +200,24 @@ async fn with_console(
     format: Format,
 ) -> Result<u8> {
     let began = Instant::now();
-    let build = command
-        .against
-        .as_deref()
-        .unwrap_or(&recording.manifest.build)
-        .parse()
-        .map_err(|error: heddle_replay_engine::builds::UnknownBuild| anyhow::Error::new(error))?;
+    let name = command.against.as_deref().unwrap_or(&recording.manifest.build);
     let blocks = BlockCache::new(cluster.store.clone());
-    let span = Span::fetch(&cluster.store, &blocks, recording.id(), v1::SpanBounds::default()).await?;
     let control = Control { stall_after: command.timeout.map(Duration::from_secs), ..Control::default() };
-    let replayed = heddle_node::replay::replay(span, build, control).await?;
+    let bounds = v1::SpanBounds::default();
+    let replayed = if recording.manifest.qemu().is_some() {
+        let offered = crate::serve::offered(&[]).await;
+        let build = offered.into_iter().find(|build| build.name == name);
+        let build = build.ok_or_else(|| coded(INCOMPATIBLE, format!("{name} is not on this machine")))?;
+        let span = QemuSpan::fetch(&cluster.store, &blocks, recording.id(), bounds).await?;
+        tokio::task::spawn_blocking(move || heddle_node::qemu::replay::replay(&span, &build, &control))
+            .await??
+    } else {
+        let build = name
+            .parse()
+            .map_err(|error: heddle_replay_engine::builds::UnknownBuild| anyhow::Error::new(error))?;
+        let span = Span::fetch(&cluster.store, &blocks, recording.id(), bounds).await?;
+        heddle_node::replay::replay(span, build, control).await?
+    };
     match format {
         Format::Json | Format::Yaml => std::io::stderr().lock().write_all(&replayed.console)?,
         _ => std::io::stdout().lock().write_all(&replayed.console)?,

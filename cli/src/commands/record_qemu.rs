@@ -1,0 +1,85 @@
+//! `heddle record qemu`: this process is the node that runs the user's QEMU.
+
+use super::console::{Terminal, TerminalOptions};
+use super::record::labels;
+use crate::args::{Format, RecordQemu};
+use crate::cluster::Cluster;
+use crate::exit::{INCOMPATIBLE, OK, USAGE, coded};
+use crate::output;
+use anyhow::Result;
+use heddle_node::qemu::record::{QemuRequest, record};
+use heddle_node::record::Watermarks;
+use heddle_replay_engine::qemu::command::Refused;
+use serde_json::json;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+/// Records, with this terminal as the guest's console. QEMU's exit code is ours.
+pub async fn run(cluster: &Cluster, command: RecordQemu, format: Format) -> Result<u8> {
+    let outbox_dir = command.outbox.clone().unwrap_or_else(|| cluster.outbox_dir.clone());
+    for said in heddle_node::record::recover(&cluster.store, &outbox_dir).await {
+        eprintln!("heddle: {said}");
+    }
+    let is_quiet = output::is_for_programs(format);
+    let request = QemuRequest {
+        name: command.name.clone(),
+        labels: labels(&command.labels)?,
+        command: command.command.clone(),
+        snapshot_every: command.snapshot_every,
+        outbox_dir: outbox_dir.clone(),
+        outbox_bytes: command.outbox_bytes,
+    };
+    // Refused before the terminal changes hands or anything is stored.
+    let given = command.command.clone();
+    let (_, plan) = tokio::task::spawn_blocking(move || heddle_node::qemu::record::plan(&given))
+        .await?
+        .map_err(|error| match error.downcast_ref::<Refused>() {
+            Some(_) => coded(USAGE, format!("{error:#}")),
+            None => coded(INCOMPATIBLE, format!("{error:#}")),
+        })?;
+    if !is_quiet {
+        plan.notes.iter().for_each(|note| eprintln!("heddle: {note}"));
+    }
+    let (terminal, console) = Terminal::open(TerminalOptions {
+        until: command.until.clone(),
+        prompt: command.prompt.clone(),
+        is_quiet,
+        outbox: outbox_dir.display().to_string(),
+    })?;
+    let watermarks = Watermarks::default();
+    let began = Instant::now();
+    let coordinator = Some(cluster.file.coordinator.clone());
+    let recorded = record(&cluster.store, coordinator, request, console, watermarks.clone(), |_, _| {}).await;
+    terminal.close();
+    let recorded = recorded?;
+    let is_kept = command.keep_if == "always" || recorded.exit_code != 0 || recorded.is_cut;
+    let summary = json!({
+        "recording": command.name,
+        "id": recorded.id,
+        "instructions": recorded.end.icount,
+        "events": recorded.end.event,
+        "committed_events": watermarks.committed.load(Ordering::Relaxed),
+        "digest": recorded.digest,
+        "snapshots": recorded.snapshots,
+        "exit_code": recorded.exit_code,
+        "cut": recorded.is_cut,
+        "seconds": began.elapsed().as_secs_f64(),
+    });
+    if !recorded.said.is_empty() {
+        eprintln!("{}", recorded.said);
+    }
+    match format {
+        Format::Json | Format::Yaml => output::value(format, &summary)?,
+        Format::Name => output::line(command.name.clone())?,
+        Format::Table | Format::Wide => eprintln!(
+            "recorded {}: {} instructions, {} events, {} snapshots, {:.1} s{}",
+            command.name,
+            output::grouped(recorded.end.icount),
+            output::grouped(recorded.end.event),
+            recorded.snapshots,
+            began.elapsed().as_secs_f64(),
+            if recorded.is_cut { "; QEMU did not end cleanly, so it is sealed as cut" } else { "" },
+        ),
+    }
+    Ok(if recorded.exit_code == 0 { OK } else { recorded.exit_code.to_le_bytes()[0].max(1) })
+}

@@ -1,0 +1,197 @@
+//! A recording on its way into the store: what the built-in machine's and QEMU's share.
+
+use crate::chunker::Chunker;
+use crate::outbox::Outbox;
+use crate::record::Watermarks;
+use crate::upload::Uploader;
+use anyhow::{Context, Result, bail};
+use bytes::Bytes;
+use heddle_proto::v1::coordinator_client::CoordinatorClient;
+use heddle_proto::{ChunkBuilder, Hash, Manifest, RecordingId, v1};
+use heddle_storage::{StoreClient, StoreError, channel};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+/// Bytes of snapshots that may wait for the store; beyond it the guest pauses.
+const SNAPSHOT_BYTES_MAX: u64 = 256 << 20;
+/// How often the recorder tells the coordinator that it lives.
+const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
+const DRAIN_POLL: Duration = Duration::from_millis(2);
+
+/// A snapshot to be stored.
+pub struct NewSnapshot {
+    /// Its blocks.
+    pub blocks: Vec<(Hash, Bytes)>,
+    /// What the catalog says of it.
+    pub row: v1::SnapshotRow,
+}
+
+impl NewSnapshot {
+    fn bytes(&self) -> u64 {
+        self.blocks.iter().map(|(_, bytes)| bytes.len() as u64).sum()
+    }
+}
+
+/// Takes snapshots on their way to the store, in the order taken.
+#[derive(Clone)]
+pub struct SnapshotQueue {
+    sender: mpsc::UnboundedSender<NewSnapshot>,
+    waiting_bytes: Arc<AtomicU64>,
+}
+
+impl SnapshotQueue {
+    /// Takes a snapshot.
+    pub fn push(&self, snapshot: NewSnapshot) {
+        self.waiting_bytes.fetch_add(snapshot.bytes(), Ordering::Relaxed);
+        let _ = self.sender.send(snapshot);
+    }
+
+    /// Whether the guest must pause.
+    pub fn is_full(&self) -> bool {
+        self.waiting_bytes.load(Ordering::Relaxed) > SNAPSHOT_BYTES_MAX
+    }
+}
+
+/// An open recording.
+pub struct Live {
+    store: StoreClient,
+    id: RecordingId,
+    epoch: u64,
+    /// Where events go.
+    pub chunker: Chunker,
+    /// Where snapshots go; taken by whoever makes them, dropped at the end.
+    pub snapshots: Option<SnapshotQueue>,
+    uploads: JoinHandle<StoreError>,
+    snapshot_uploads: JoinHandle<Result<()>>,
+    life: Option<JoinHandle<()>>,
+}
+
+impl Live {
+    /// Opens the recording and begins to deliver.
+    pub async fn open(
+        store: &StoreClient,
+        manifest: &Manifest,
+        outbox_dir: &Path,
+        outbox_bytes: u64,
+        watermarks: &Watermarks,
+    ) -> Result<Live> {
+        let token: [u8; 16] = rand::random();
+        let id = manifest.id;
+        let opened = store.open(id, &token, &manifest.encode(), false).await.context("open the recording")?;
+        let outbox = Outbox::create(outbox_dir, id, token, outbox_bytes)?;
+        let chunker = Chunker::new(ChunkBuilder::new(id), outbox);
+        let uploader = Uploader {
+            store: store.clone(),
+            recording: id,
+            epoch: opened.epoch,
+            chunker: chunker.clone(),
+            committed: watermarks.committed.clone(),
+        };
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let waiting_bytes = Arc::new(AtomicU64::new(0));
+        let uploading = upload_snapshots(store.clone(), id, opened.epoch, receiver, waiting_bytes.clone());
+        Ok(Live {
+            store: store.clone(),
+            id,
+            epoch: opened.epoch,
+            chunker,
+            snapshots: Some(SnapshotQueue { sender, waiting_bytes }),
+            uploads: tokio::spawn(async move { uploader.run().await }),
+            snapshot_uploads: tokio::spawn(uploading),
+            life: None,
+        })
+    }
+
+    /// Tells the coordinator that this recorder lives; `fenced` is called when it was replaced.
+    pub fn show_life(&mut self, coordinator: String, fenced: impl Fn() + Send + 'static) {
+        let (id, epoch) = (self.id, self.epoch);
+        self.life = Some(tokio::spawn(async move {
+            let Ok(channel) = channel::connect(&coordinator) else { return };
+            let mut client = CoordinatorClient::new(channel);
+            loop {
+                let request = v1::RecordingRequest { recording: id.to_vec().into(), epoch, ended: false };
+                if let Ok(reply) = client.recording(request).await
+                    && reply.into_inner().fenced
+                {
+                    fenced();
+                }
+                tokio::time::sleep(SIGN_OF_LIFE).await;
+            }
+        }));
+    }
+
+    /// Ends when the store takes no more of this recording, with the reason.
+    pub async fn refused(&mut self) -> String {
+        let error =
+            (&mut self.uploads).await.unwrap_or_else(|error| StoreError::Unavailable(error.to_string()));
+        let kept = self.chunker.with_outbox(|outbox| outbox.path().display().to_string());
+        let kept = kept.unwrap_or_default();
+        format!("the store takes no more of this recording ({error}); what it did not take is kept in {kept}")
+    }
+
+    /// Delivers the rest and seals. Whoever made snapshots has dropped its queue.
+    pub async fn seal(mut self, is_cut: bool) -> Result<()> {
+        self.snapshots = None;
+        self.chunker.flush(true);
+        let chunker = self.chunker.clone();
+        let drained = async move {
+            while !chunker.with_outbox(|outbox| outbox.is_empty()).unwrap_or(true) {
+                tokio::time::sleep(DRAIN_POLL).await;
+            }
+        };
+        tokio::select! {
+            () = drained => {}
+            why = self.refused() => bail!(why),
+        }
+        (&mut self.snapshot_uploads).await.context("upload snapshots")??;
+        let row = self.store.get(self.id).await?;
+        self.store
+            .seal(self.id, self.epoch, row.committed_events, Hash::from_slice(&row.last_chunk)?, is_cut)
+            .await
+            .context("seal the recording")?;
+        if let Some(outbox) = self.chunker.take_outbox() {
+            outbox.remove()?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.uploads.abort();
+        self.snapshot_uploads.abort();
+        if let Some(life) = &self.life {
+            life.abort();
+        }
+    }
+}
+
+/// Stores snapshots in the order taken: a snapshot's blocks include none of earlier ones.
+async fn upload_snapshots(
+    store: StoreClient,
+    id: RecordingId,
+    epoch: u64,
+    mut snapshots: mpsc::UnboundedReceiver<NewSnapshot>,
+    waiting_bytes: Arc<AtomicU64>,
+) -> Result<()> {
+    while let Some(snapshot) = snapshots.recv().await {
+        let bytes = snapshot.bytes();
+        loop {
+            let stored = async {
+                store.put_blocks(snapshot.blocks.clone()).await?;
+                store.add_snapshot(id, epoch, snapshot.row.clone()).await
+            };
+            match stored.await {
+                Ok(()) => break,
+                Err(StoreError::Unavailable(_)) => {}
+                Err(error) => return Err(error).context("store a snapshot"),
+            }
+        }
+        waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+    Ok(())
+}

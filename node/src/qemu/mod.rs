@@ -1,0 +1,11 @@
+//! Real QEMU: its processes, its files, its recordings and replays.
+
+pub mod builds;
+pub mod process;
+pub mod qcow2;
+pub mod qmp;
+pub mod record;
+pub mod replay;
+pub mod ring;
+pub mod scratch;
+pub mod snapshot;

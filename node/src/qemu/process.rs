@@ -1,0 +1,239 @@
+//! A running QEMU: started with the tap, bounded, and always reaped.
+
+use crate::qemu::qmp::Qmp;
+use crate::qemu::ring::{Mode, Ring, Stage, write_tap};
+use anyhow::{Context, Result, bail};
+use heddle_replay_engine::qemu::log::Dialect;
+use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Pid, Resource, Rlimit, Signal};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// A program that has not loaded the tap and opened the log by then never will.
+const HELLO: Duration = Duration::from_secs(10);
+const POLL: Duration = Duration::from_millis(2);
+/// What TCG and QEMU itself may take beside the guest's RAM.
+const OWN_MEMORY_BYTES: u64 = 8 << 30;
+/// CPU seconds after which a run is ended whatever it does.
+const CPU_SECONDS_MAX: u64 = 24 * 3600;
+/// Standard error that is kept.
+const STDERR_BYTES_MAX: u64 = 64 << 10;
+/// The name of every run's own drive and snapshot.
+pub const VM_STATE: &str = "heddle-vmstate";
+
+/// What to start.
+pub struct Launch<'a> {
+    /// The program, a wrapper script maybe.
+    pub program: &'a Path,
+    /// The command line's own part.
+    pub arguments: Vec<String>,
+    /// `-icount`'s options but for rr.
+    pub icount: &'a str,
+    /// Record or replay.
+    pub mode: Mode,
+    /// The log's path: read in a replay, only a name in a recording.
+    pub log: PathBuf,
+    /// The snapshot to begin from, or to make at power-on.
+    pub snapshot: Option<&'a str>,
+    /// The file for VM states.
+    pub vm_state: &'a Path,
+    /// The run's own directory.
+    pub scratch: &'a Path,
+    /// Where the ring goes.
+    pub ring: PathBuf,
+    /// The log's dialect.
+    pub dialect: Dialect,
+    /// Guest RAM.
+    pub memory_bytes: u64,
+    /// Standard input and output.
+    pub stdin: Stdio,
+    /// Where the console goes.
+    pub stdout: Stdio,
+    /// Both threads on one core, if one is free: a replay's threads take turns anyway.
+    pub is_pinned: bool,
+    /// Begin with the guest stopped.
+    pub is_stopped: bool,
+    /// Options of this run alone, such as a debugger's socket.
+    pub extra: Vec<String>,
+}
+
+/// A QEMU that runs. Dropping it kills and reaps it.
+pub struct Process {
+    child: Child,
+    /// The tap's ring.
+    pub ring: Ring,
+    qmp_path: PathBuf,
+    stderr: PathBuf,
+    _core: Option<File>,
+}
+
+impl Process {
+    /// Starts QEMU. Must be called from a thread that lives as long as the process:
+    /// the process dies with it.
+    pub fn start(launch: Launch) -> Result<Process> {
+        let tap = write_tap(launch.scratch)?;
+        let ring = Ring::create(&launch.ring, launch.mode, launch.dialect)?;
+        let qmp_path = launch.scratch.join("qmp");
+        let stderr = launch.scratch.join("stderr");
+        let mode = if launch.mode == Mode::Record { "record" } else { "replay" };
+        let mut icount = format!("{},rr={mode},rrfile={}", launch.icount, launch.log.display());
+        if let Some(snapshot) = launch.snapshot {
+            icount.push_str(&format!(",rrsnapshot={snapshot}"));
+        }
+        let mut command = Command::new(launch.program);
+        command
+            // The first drive is the one that QEMU saves VM states to.
+            .arg("-drive")
+            .arg(format!("if=none,id={VM_STATE},format=qcow2,file={}", launch.vm_state.display()))
+            .args(&launch.arguments)
+            .args(["-icount", &icount])
+            .args(["-name", "debug-threads=on", "-action", "shutdown=pause"])
+            .arg("-chardev")
+            .arg(format!("socket,id=heddle-qmp,path={},server=on,wait=off", qmp_path.display()))
+            .args(["-mon", "chardev=heddle-qmp,mode=control"])
+            .args(["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"])
+            .args(launch.is_stopped.then_some("-S"))
+            .args(&launch.extra)
+            .env("LD_PRELOAD", &tap)
+            .env("HEDDLE_TAP_RING", &launch.ring)
+            .env("HEDDLE_TAP_LOG", &launch.log)
+            .stdin(launch.stdin)
+            .stdout(launch.stdout)
+            .stderr(File::create(&stderr).context("create QEMU's standard error")?)
+            .current_dir(launch.scratch)
+            .process_group(0);
+        let child = command.spawn().with_context(|| format!("start {}", launch.program.display()))?;
+        let mut process = Process { child, ring, qmp_path, stderr, _core: None };
+        process.limit(launch.memory_bytes);
+        if launch.is_pinned {
+            process._core = process.pin();
+        }
+        process.await_hello(launch.program)?;
+        Ok(process)
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    fn limit(&self, memory_bytes: u64) {
+        let memory = memory_bytes.saturating_mul(2).saturating_add(OWN_MEMORY_BYTES);
+        for (resource, limit) in
+            [(Resource::As, memory), (Resource::Cpu, CPU_SECONDS_MAX), (Resource::Core, 0)]
+        {
+            let limit = Rlimit { current: Some(limit), maximum: Some(limit) };
+            // A host that bounds it lower already keeps its own bound.
+            let _ = rustix::process::prlimit(Some(self.pid()), resource, limit);
+        }
+    }
+
+    /// Gives the process a core of its own, if this host has one that no other replay holds.
+    fn pin(&self) -> Option<File> {
+        let allowed = sched_getaffinity(None).ok()?;
+        let cores = (0..CpuSet::MAX_CPU).filter(|core| allowed.is_set(*core));
+        for core in cores {
+            let path = std::env::temp_dir().join(format!("heddle-core-{core}"));
+            let Ok(file) = File::options().create(true).truncate(false).write(true).open(path) else {
+                continue;
+            };
+            if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+                let mut set = CpuSet::new();
+                set.set(core);
+                sched_setaffinity(Some(self.pid()), &set).ok()?;
+                return Some(file);
+            }
+        }
+        None
+    }
+
+    fn await_hello(&mut self, program: &Path) -> Result<()> {
+        let until = Instant::now() + HELLO;
+        loop {
+            if self.ring.stage()? >= Stage::Open {
+                return Ok(());
+            }
+            if let Some(status) = self.try_wait()? {
+                // It may have opened the log and ended at once.
+                if self.ring.stage()? >= Stage::Open {
+                    return Ok(());
+                }
+                bail!("{} ended at once, {status}: {}", program.display(), self.said());
+            }
+            if Instant::now() > until {
+                let stage = self.ring.stage()?;
+                bail!(
+                    "{} does not say hello through the tap ({stage:?}): a static, musl or set-uid build can't be \
+                     recorded with its true thread roles",
+                    program.display()
+                );
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// How it ended, if it has.
+    pub fn try_wait(&mut self) -> Result<Option<ExitStatus>> {
+        self.child.try_wait().context("ask after QEMU")
+    }
+
+    /// What it printed on standard error, at most the last of it.
+    pub fn said(&self) -> String {
+        let mut text = vec![];
+        if let Ok(file) = File::open(&self.stderr) {
+            let _ = file.take(STDERR_BYTES_MAX).read_to_end(&mut text);
+        }
+        String::from_utf8_lossy(&text).trim().to_string()
+    }
+
+    /// The process id, for tests and people.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Standard input, if it is a pipe.
+    pub fn take_stdin(&mut self) -> Option<std::process::ChildStdin> {
+        self.child.stdin.take()
+    }
+
+    /// Standard output, if it is a pipe.
+    pub fn take_stdout(&mut self) -> Option<std::process::ChildStdout> {
+        self.child.stdout.take()
+    }
+
+    /// Connects to its monitor.
+    pub fn qmp(&mut self, limit: Duration) -> Result<Qmp> {
+        let path = self.qmp_path.clone();
+        let connected = Qmp::connect(&path, limit, || matches!(self.child.try_wait(), Ok(None)));
+        connected.with_context(|| self.said())
+    }
+
+    /// Waits for its end; kills it after `limit`.
+    pub fn wait(&mut self, limit: Duration) -> Result<Option<ExitStatus>> {
+        let until = Instant::now() + limit;
+        while Instant::now() < until {
+            if let Some(status) = self.try_wait()? {
+                return Ok(Some(status));
+            }
+            std::thread::sleep(POLL);
+        }
+        self.kill();
+        Ok(None)
+    }
+
+    /// Ends it and everything it has started.
+    pub fn kill(&mut self) {
+        let _ = rustix::process::kill_process_group(self.pid(), Signal::KILL);
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}

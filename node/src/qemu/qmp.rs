@@ -1,0 +1,112 @@
+//! QEMU's machine protocol, as far as it is needed: commands with one answer each.
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// A QEMU that answers nothing for so long is stuck: a replay holds its locks while it waits.
+const ANSWER: Duration = Duration::from_secs(20);
+const CONNECT_POLL: Duration = Duration::from_millis(2);
+/// Longest answer: register dumps are a few KiB.
+const LINE_BYTES_MAX: u64 = 16 << 20;
+
+/// A connection to a QEMU.
+#[derive(Debug)]
+pub struct Qmp {
+    stream: UnixStream,
+    reader: BufReader<UnixStream>,
+    /// Events that came between answers: name and data.
+    pub events: Vec<(String, Value)>,
+}
+
+impl Qmp {
+    /// Connects, as soon as QEMU listens; `is_alive` ends the wait.
+    pub fn connect(path: &Path, limit: Duration, mut is_alive: impl FnMut() -> bool) -> Result<Qmp> {
+        let until = Instant::now() + limit;
+        let stream = loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => break stream,
+                Err(_) if !is_alive() => bail!("QEMU ended before it could be asked anything"),
+                Err(error) if Instant::now() > until => {
+                    return Err(error).context("QEMU's monitor does not answer");
+                }
+                Err(_) => std::thread::sleep(CONNECT_POLL),
+            }
+        };
+        stream.set_read_timeout(Some(ANSWER)).context("set a time limit")?;
+        stream.set_write_timeout(Some(ANSWER)).context("set a time limit")?;
+        let reader = BufReader::new(stream.try_clone().context("clone the connection")?);
+        let mut qmp = Qmp { stream, reader, events: vec![] };
+        qmp.line()?;
+        qmp.command("qmp_capabilities", json!({}))?;
+        Ok(qmp)
+    }
+
+    fn line(&mut self) -> Result<Value> {
+        let mut line = String::new();
+        let read = std::io::Read::take(&mut self.reader, LINE_BYTES_MAX)
+            .read_line(&mut line)
+            .context("QEMU's monitor does not answer")?;
+        if read == 0 {
+            bail!("QEMU has closed its monitor");
+        }
+        serde_json::from_str(&line).context("QEMU's answer does not parse")
+    }
+
+    /// Runs a command; its answer.
+    pub fn command(&mut self, name: &str, arguments: Value) -> Result<Value> {
+        let mut line = json!({ "execute": name, "arguments": arguments }).to_string();
+        line.push('\n');
+        self.stream.write_all(line.as_bytes()).with_context(|| format!("ask QEMU to {name}"))?;
+        loop {
+            let mut answer = self.line().with_context(|| format!("ask QEMU to {name}"))?;
+            if let Some(event) = answer["event"].as_str() {
+                self.events.push((event.to_string(), answer["data"].take()));
+                continue;
+            }
+            if let Some(error) = answer.get("error") {
+                return Err(anyhow!(
+                    "QEMU refuses {name}: {}",
+                    error["desc"].as_str().unwrap_or("no reason")
+                ));
+            }
+            return Ok(answer["return"].take());
+        }
+    }
+
+    /// Runs a command of the human monitor; what it printed.
+    pub fn human(&mut self, command: &str) -> Result<String> {
+        let answer = self.command("human-monitor-command", json!({ "command-line": command }))?;
+        Ok(answer.as_str().unwrap_or_default().trim().to_string())
+    }
+
+    /// Instructions executed so far.
+    pub fn icount(&mut self) -> Result<u64> {
+        let answer = self.command("query-replay", json!({}))?;
+        answer["icount"].as_u64().context("QEMU says no icount")
+    }
+
+    /// `running`, `paused`, `shutdown`, ...
+    pub fn status(&mut self) -> Result<String> {
+        let answer = self.command("query-status", json!({}))?;
+        Ok(answer["status"].as_str().unwrap_or_default().to_string())
+    }
+
+    /// Saves the VM state under `name`; tries again while async events are queued.
+    pub fn save(&mut self, name: &str, limit: Duration) -> Result<()> {
+        let until = Instant::now() + limit;
+        loop {
+            let said = self.human(&format!("savevm {name}"))?;
+            match said.as_str() {
+                "" => return Ok(()),
+                said if said.contains("Try once more later") && Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                said => bail!("QEMU does not save its state: {said}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,558 @@
+//! Recording a QEMU of the user's, live.
+//!
+//! One thread drives: it takes the log from the tap's ring, decodes it, gives every
+//! event the role of the thread that wrote it, and hands it on. What is in the outbox's
+//! file is given back to the ring, so that one of the two always has it.
+
+use crate::blocks::put_image;
+use crate::chunker::Chunker;
+use crate::live::{Live, NewSnapshot, SnapshotQueue};
+use crate::qemu::builds::QemuBuild;
+use crate::qemu::process::{Launch, Process};
+use crate::qemu::qcow2::Qcow2;
+use crate::qemu::qmp::Qmp;
+use crate::qemu::ring::{Mode, Ring};
+use crate::qemu::scratch::Scratch;
+use crate::qemu::snapshot::{Captured, Tracker, capture};
+use crate::record::{AbortOnDrop, Console, Watermarks};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use bytes::Bytes;
+use heddle_proto::manifest::{Image, MANIFEST_VERSION};
+use heddle_proto::qemu::{QemuDisk, QemuSpec, RoleSource};
+use heddle_proto::{Body, EmulatorSpec, Event, Hash, Manifest, Position, QemuEvent, RecordingId, Role, v1};
+use heddle_replay_engine::qemu::command::{self, Plan, Target};
+use heddle_replay_engine::qemu::log::{Decoder, HEADER_BYTES};
+use heddle_replay_engine::qemu::roles::Marks;
+use heddle_storage::StoreClient;
+use std::collections::{BTreeMap, VecDeque};
+use std::io::{Read, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::mpsc as threads;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// How often the ring is looked at: far below the chunker's linger, far above a wake-up's cost.
+const PUMP: Duration = Duration::from_millis(4);
+const CONNECT: Duration = Duration::from_secs(20);
+/// A QEMU that was told to quit and does not is killed: what it logged is here.
+const QUIT: Duration = Duration::from_secs(10);
+const SAVE: Duration = Duration::from_secs(10);
+const CONSOLE_BYTES: usize = 16 << 10;
+/// How much of the log's tail counts as the bookkeeping of an end.
+const NO_STOP: u16 = u16::MAX;
+
+/// What to record.
+pub struct QemuRequest {
+    /// The recording's name.
+    pub name: String,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// The user's command line, the program first.
+    pub command: Vec<String>,
+    /// Instructions between snapshots, 0 for none but the last.
+    pub snapshot_every: u64,
+    /// Where the outbox and the ring go.
+    pub outbox_dir: PathBuf,
+    /// How large the outbox may become.
+    pub outbox_bytes: u64,
+}
+
+/// A finished recording.
+#[derive(Clone, Debug)]
+pub struct QemuRecorded {
+    /// Its id.
+    pub id: RecordingId,
+    /// Where it ended.
+    pub end: Position,
+    /// Digest of the last state; `None` when QEMU was killed or left at once.
+    pub digest: Option<Hash>,
+    /// QEMU's exit code, 128 and the signal if one ended it.
+    pub exit_code: u16,
+    /// It did not end cleanly: sealed as cut.
+    pub is_cut: bool,
+    /// Snapshots taken.
+    pub snapshots: u64,
+    /// What was added to the command line.
+    pub notes: Vec<String>,
+    /// What QEMU said on standard error.
+    pub said: String,
+}
+
+/// A command line that was taken apart, checked and stored.
+pub struct Prepared {
+    /// The manifest.
+    pub manifest: Manifest,
+    /// The build that runs it.
+    pub build: QemuBuild,
+    plan: Plan,
+}
+
+/// Checks the command line, before anything runs or is stored.
+pub fn plan(command: &[String]) -> Result<(QemuBuild, Plan)> {
+    let (program, arguments) = command.split_first().context("the command line is empty")?;
+    let build = QemuBuild::probe(Path::new(program))?;
+    let target = Target { arch: &build.arch, dialect: build.dialect()? };
+    let plan = command::plan(arguments, target)?;
+    Ok((build, plan))
+}
+
+/// Stores the files that the command line names, and makes the manifest.
+pub async fn prepare(store: &StoreClient, request: &QemuRequest) -> Result<Prepared> {
+    let command = request.command.clone();
+    let (build, plan) = tokio::task::spawn_blocking(move || plan(&command)).await??;
+    let mut files = vec![];
+    for path in &plan.files {
+        files.push(store_file(store, path).await?.0);
+    }
+    let mut disks = vec![];
+    for disk in &plan.disks {
+        let (image, bytes) = store_file(store, &disk.path).await?;
+        let is_qcow2 = bytes.starts_with(b"QFI\xfb");
+        let format = disk.format.clone().unwrap_or_else(|| if is_qcow2 { "qcow2" } else { "raw" }.into());
+        let guest_bytes = match format.as_str() {
+            "raw" => bytes.len() as u64 / 512 * 512,
+            "qcow2" => {
+                let file = std::fs::File::open(&disk.path)?;
+                let image = Qcow2::open(&file).with_context(|| format!("read {}", disk.path.display()))?;
+                ensure!(
+                    !image.has_backing,
+                    "{} is an overlay over another file; flatten it: qemu-img convert",
+                    disk.path.display()
+                );
+                image.guest_bytes
+            }
+            other => bail!("{} is {other}; raw and qcow2 can be recorded", disk.path.display()),
+        };
+        disks.push(QemuDisk { image, format, guest_bytes });
+    }
+    let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let spec = QemuSpec {
+        version: build.version.clone(),
+        program: build.binary_name.clone(),
+        machine_type: build.machine_type(&plan.machine)?,
+        arguments: plan.arguments.clone(),
+        files,
+        disks,
+        icount: plan.icount.clone(),
+        roles: RoleSource::Tap,
+        memory_bytes: plan.memory_bytes,
+    };
+    // A replay anywhere must be able to run it: the same checks as theirs.
+    command::check(&spec)?;
+    let manifest = Manifest {
+        version: MANIFEST_VERSION,
+        id: RecordingId(rand::random()),
+        name: request.name.clone(),
+        labels: request.labels.clone(),
+        created_unix_ms: created.as_millis() as u64,
+        build: build.name.clone(),
+        emulator: EmulatorSpec::Qemu(spec),
+    };
+    Ok(Prepared { manifest: Manifest::decode(&manifest.encode())?, build, plan })
+}
+
+async fn store_file(store: &StoreClient, path: &Path) -> Result<(Image, Bytes)> {
+    let bytes = tokio::fs::read(path).await.with_context(|| format!("read {}", path.display()))?;
+    let bytes = Bytes::from(bytes);
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    Ok((put_image(store, &name, &bytes).await?, bytes))
+}
+
+/// Records, and seals the recording. `started` is told the id, and QEMU's process id.
+pub async fn record(
+    store: &StoreClient,
+    coordinator: Option<String>,
+    request: QemuRequest,
+    console: Console,
+    watermarks: Watermarks,
+    started: impl FnOnce(RecordingId, u32),
+) -> Result<QemuRecorded> {
+    let prepared = prepare(store, &request).await?;
+    let id = prepared.manifest.id;
+    let notes = prepared.plan.notes.clone();
+    let mut live =
+        Live::open(store, &prepared.manifest, &request.outbox_dir, request.outbox_bytes, &watermarks).await?;
+    let stop = Arc::new(AtomicU16::new(NO_STOP));
+    if let Some(address) = coordinator {
+        let stop = stop.clone();
+        live.show_life(address, move || stop.store(1, Ordering::Relaxed));
+    }
+    let Console { mut input, mut output, stop: mut stop_asked } = console;
+    let (type_sender, typed) = threads::sync_channel::<Vec<u8>>(16);
+    let asked = stop.clone();
+    let typing = tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                Some(data) = input.recv() => {
+                    let sender = type_sender.clone();
+                    // A guest that reads nothing makes the user wait, not the others.
+                    let _ = tokio::task::spawn_blocking(move || sender.send(data)).await;
+                }
+                Some(code) = stop_asked.recv() => asked.store(code, Ordering::Relaxed),
+                else => return,
+            }
+        }
+    });
+    let _typing = AbortOnDrop(typing.abort_handle());
+    let driver = Driver {
+        chunker: live.chunker.clone(),
+        snapshots: live.snapshots.take().context("the queue is taken once")?,
+        watermarks: watermarks.clone(),
+        stop: stop.clone(),
+        snapshot_every: request.snapshot_every,
+    };
+    let ring = request.outbox_dir.join(format!("{id}.ring"));
+    let ring_path = ring.clone();
+    let (pid_sender, pid) = tokio::sync::oneshot::channel();
+    let mut guest = tokio::task::spawn_blocking(move || {
+        let EmulatorSpec::Qemu(spec) = &prepared.manifest.emulator else {
+            bail!("the manifest is not QEMU's")
+        };
+        let bases = prepared.plan.disks.iter().map(|disk| std::path::absolute(&disk.path));
+        let files = prepared.plan.files.iter().map(std::path::absolute);
+        let bases = bases.collect::<Result<Vec<_>, _>>().context("find the disks")?;
+        let files = files.collect::<Result<Vec<_>, _>>().context("find the files")?;
+        let scratch = Scratch::of_user(spec, files, bases)?;
+        let mut process = Process::start(Launch {
+            program: &prepared.build.program,
+            arguments: scratch.arguments(spec)?,
+            icount: &spec.icount,
+            mode: Mode::Record,
+            log: scratch.path().join("log"),
+            snapshot: None,
+            vm_state: &scratch.vm_state(),
+            scratch: scratch.path(),
+            ring: ring_path,
+            dialect: prepared.build.dialect()?,
+            memory_bytes: spec.memory_bytes,
+            stdin: Stdio::piped(),
+            stdout: Stdio::piped(),
+            is_pinned: false,
+            is_stopped: false,
+            extra: vec![],
+        })?;
+        let _ = pid_sender.send(process.id());
+        if let Some(mut stdin) = process.take_stdin() {
+            let writer = move || {
+                while let Ok(data) = typed.recv() {
+                    if stdin.write_all(&data).and_then(|()| stdin.flush()).is_err() {
+                        return;
+                    }
+                }
+                // Kept open: an end of input is an event that no user typed.
+                std::mem::forget(stdin);
+            };
+            std::thread::Builder::new().name("typing".into()).spawn(writer).context("start a thread")?;
+        }
+        let printer = process.take_stdout().map(|mut stdout| {
+            std::thread::spawn(move || {
+                let mut buffer = vec![0; CONSOLE_BYTES];
+                while let Ok(read @ 1..) = stdout.read(&mut buffer) {
+                    output(&buffer[..read]);
+                }
+            })
+        });
+        let done = driver.run(&mut process, &scratch);
+        let said = process.said();
+        drop(process);
+        if let Some(printer) = printer {
+            let _ = printer.join();
+        }
+        done.map(|done| (done, said))
+    });
+    if let Ok(pid) = pid.await {
+        started(id, pid);
+    }
+    let (done, said) = tokio::select! {
+        done = &mut guest => done??,
+        why = live.refused() => {
+            stop.store(1, Ordering::Relaxed);
+            let _ = guest.await;
+            bail!(why);
+        }
+    };
+    live.seal(done.is_cut).await?;
+    let _ = std::fs::remove_file(&ring);
+    Ok(QemuRecorded {
+        id,
+        end: done.end,
+        digest: done.digest,
+        exit_code: done.exit_code,
+        is_cut: done.is_cut,
+        snapshots: done.snapshots,
+        notes,
+        said,
+    })
+}
+
+/// Turns the ring's bytes into events.
+pub(crate) struct Pump {
+    decoder: Decoder,
+    marks: Marks,
+    read: u64,
+    /// Events of a group whose last is an async one: a chunk may not end there.
+    group: Vec<Event>,
+    events: u64,
+    icount: u64,
+    /// Offset and position behind each event that the outbox may not have yet.
+    ends: VecDeque<(u64, Position)>,
+    has_shutdown: bool,
+}
+
+impl Pump {
+    pub(crate) fn new(decoder: Decoder, from: u64, position: Position) -> Pump {
+        Pump {
+            decoder,
+            marks: Marks::default(),
+            read: from,
+            group: vec![],
+            events: position.event,
+            icount: position.icount,
+            ends: VecDeque::new(),
+            has_shutdown: false,
+        }
+    }
+
+    /// Takes what is new; the groups of events that are complete.
+    pub(crate) fn take(&mut self, ring: &mut Ring) -> Result<Vec<Event>> {
+        let bytes = ring.read(self.read)?;
+        for (offset, thread) in ring.take_marks()? {
+            self.marks.push(offset, thread);
+        }
+        self.read += bytes.len() as u64;
+        self.decoder.push(&bytes);
+        let mut complete = vec![];
+        while let Some(located) = self.decoder.next_event() {
+            let role = self.marks.at(located.start).and_then(|thread| thread.role());
+            let role = role.unwrap_or(Role::Iothread);
+            self.events += 1;
+            self.icount = located.icount;
+            self.has_shutdown |= matches!(located.body, Body::Qemu(QemuEvent::Shutdown { .. }));
+            let position = Position { icount: located.icount, event: self.events };
+            self.ends.push_back((located.end, position));
+            let is_async = located.body.is_async();
+            self.group.push(Event { icount: located.icount, role, body: located.body });
+            if !is_async {
+                complete.append(&mut self.group);
+            }
+        }
+        Ok(complete)
+    }
+
+    /// At the end: what is left, whole events only.
+    pub(crate) fn finish(&mut self) -> Vec<Event> {
+        let mut rest = std::mem::take(&mut self.group);
+        for located in self.decoder.finish() {
+            if matches!(located.body, Body::Qemu(QemuEvent::Raw { .. })) && !self.decoder.is_raw() {
+                break;
+            }
+            let role = self.marks.at(located.start).and_then(|thread| thread.role());
+            if matches!(located.body, Body::Qemu(QemuEvent::Raw { .. })) {
+                continue;
+            }
+            self.events += 1;
+            self.icount = located.icount;
+            rest.push(Event { icount: located.icount, role: role.unwrap_or(Role::Vcpu), body: located.body });
+        }
+        rest
+    }
+
+    /// Where the log stands.
+    pub(crate) fn position(&self) -> Position {
+        Position { icount: self.icount, event: self.events }
+    }
+
+    /// The number of events before `offset`, as far back as they are remembered.
+    fn event_at(&self, offset: u64) -> Option<u64> {
+        match self.ends.iter().rev().find(|(end, _)| *end <= offset) {
+            Some((_, position)) => Some(position.event),
+            None => self.ends.front().map(|(_, position)| position.event - 1),
+        }
+    }
+
+    /// Forgets events up to `written`; where the last of them ended.
+    fn written(&mut self, written: u64) -> Option<(u64, Position)> {
+        let mut last = None;
+        while self.ends.front().is_some_and(|(_, position)| position.event <= written) {
+            last = self.ends.pop_front();
+        }
+        last
+    }
+}
+
+struct Done {
+    end: Position,
+    digest: Option<Hash>,
+    exit_code: u16,
+    is_cut: bool,
+    snapshots: u64,
+}
+
+struct Driver {
+    chunker: Chunker,
+    snapshots: SnapshotQueue,
+    watermarks: Watermarks,
+    stop: Arc<AtomicU16>,
+    snapshot_every: u64,
+}
+
+/// A state that was saved and is being taken apart on a thread of its own.
+struct Capturing {
+    name: String,
+    thread: std::thread::JoinHandle<(Tracker, Result<Captured>)>,
+    /// Keeps the ring from giving back what is needed to find its event.
+    is_final: bool,
+}
+
+impl Driver {
+    fn run(&self, process: &mut Process, scratch: &Scratch) -> Result<Done> {
+        let offset = HEADER_BYTES;
+        let dialect = process.ring.dialect()?;
+        let mut pump = Pump::new(Decoder::new(dialect, offset, 0), offset, Position::default());
+        let mut qmp = process.qmp(CONNECT)?;
+        let mut tracker = Some(Tracker::default());
+        let mut capturing: Option<Capturing> = None;
+        let mut done =
+            Done { end: Position::default(), digest: None, exit_code: 0, is_cut: false, snapshots: 0 };
+        let mut next_snapshot = if self.snapshot_every == 0 { u64::MAX } else { self.snapshot_every };
+        let mut is_paused = false;
+        let mut is_ending = false;
+        let mut stop_code = None;
+        let mut saved = 0u32;
+        let status = loop {
+            self.pump(&mut pump, process, capturing.is_some())?;
+            if let Some(status) = process.try_wait()? {
+                break status;
+            }
+            if capturing.as_ref().is_some_and(|capturing| capturing.thread.is_finished()) {
+                let finished = capturing.take().context("there is one")?;
+                let is_final = finished.is_final;
+                let name = finished.name.clone();
+                let digest = self.finish_capture(finished, &pump, &mut tracker)?;
+                done.snapshots += 1;
+                if is_final {
+                    done.digest = Some(digest);
+                    let _ = qmp.command("quit", serde_json::json!({}));
+                    let status = process.wait(QUIT)?.context("QEMU did not quit when told to")?;
+                    break status;
+                }
+                // Its clusters are of no more use.
+                let _ = qmp.human(&format!("delvm {name}"));
+            }
+            if is_ending {
+                std::thread::sleep(PUMP);
+                continue;
+            }
+            self.pause_if_full(&mut qmp, &mut is_paused)?;
+            let asked = self.stop.load(Ordering::Relaxed);
+            let has_stopped = pump.has_shutdown && {
+                pump.has_shutdown = false;
+                !matches!(qmp.status().as_deref(), Ok("running" | "paused"))
+            };
+            if asked != NO_STOP {
+                stop_code = Some(asked);
+            }
+            let wants_final = has_stopped || asked != NO_STOP;
+            if (wants_final || pump.icount >= next_snapshot) && capturing.is_none() && !is_paused {
+                if asked != NO_STOP {
+                    qmp.command("stop", serde_json::json!({}))?;
+                }
+                let name = format!("heddle-{saved}");
+                saved += 1;
+                match qmp.save(&name, SAVE) {
+                    Ok(()) => {}
+                    // The guest is in the middle of something: the next position will do.
+                    Err(_) if !wants_final => {
+                        next_snapshot = pump.icount + self.snapshot_every;
+                        continue;
+                    }
+                    Err(error) => return Err(error.context("save the last state")),
+                }
+                self.pump(&mut pump, process, true)?;
+                next_snapshot =
+                    (pump.icount / self.snapshot_every.max(1) + 1).saturating_mul(self.snapshot_every.max(1));
+                if self.snapshot_every == 0 {
+                    next_snapshot = u64::MAX;
+                }
+                let mut tracker = tracker.take().context("one capture at a time")?;
+                let (vm_state, disks, of) = (scratch.vm_state(), scratch.overlays.clone(), name.clone());
+                let thread = std::thread::spawn(move || {
+                    let captured = capture(&mut tracker, &of, &vm_state, &disks);
+                    (tracker, captured)
+                });
+                capturing = Some(Capturing { name, thread, is_final: wants_final });
+                is_ending = wants_final;
+            }
+            std::thread::sleep(PUMP);
+        };
+        self.pump(&mut pump, process, false)?;
+        if let Some(last) = capturing {
+            let is_final = last.is_final;
+            let digest = self.finish_capture(last, &pump, &mut tracker)?;
+            done.snapshots += 1;
+            done.digest = is_final.then_some(digest);
+        }
+        self.chunker.push(pump.finish());
+        self.chunker.flush(true);
+        done.end = pump.position();
+        self.watermarks.icount.store(done.end.icount, Ordering::Relaxed);
+        let closed = process.ring.stage()? == crate::qemu::ring::Stage::Closed;
+        done.is_cut = !closed;
+        done.exit_code = match (status.code(), status.signal()) {
+            (Some(code), _) => code as u16,
+            (None, Some(signal)) => 128 + signal as u16,
+            _ => 1,
+        };
+        if let Some(code) = stop_code {
+            done.exit_code = code;
+        }
+        Ok(done)
+    }
+
+    fn pump(&self, pump: &mut Pump, process: &mut Process, keeps_ends: bool) -> Result<()> {
+        let events = pump.take(&mut process.ring)?;
+        if !events.is_empty() {
+            self.watermarks.recorded.fetch_add(events.len() as u64, Ordering::Relaxed);
+            self.watermarks.icount.store(pump.icount, Ordering::Relaxed);
+            self.chunker.push(events);
+        }
+        let written = self.chunker.with_outbox(|outbox| outbox.written_events()).unwrap_or(0);
+        if !keeps_ends && let Some((offset, position)) = pump.written(written) {
+            process.ring.give_back(offset, position)?;
+        }
+        Ok(())
+    }
+
+    fn pause_if_full(&self, qmp: &mut Qmp, is_paused: &mut bool) -> Result<()> {
+        let is_full =
+            self.snapshots.is_full() || self.chunker.with_outbox(|outbox| outbox.is_full()).unwrap_or(false);
+        if is_full != *is_paused {
+            qmp.command(if is_full { "stop" } else { "cont" }, serde_json::json!({}))?;
+            *is_paused = is_full;
+            self.watermarks.paused.store(is_full, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn finish_capture(
+        &self,
+        capturing: Capturing,
+        pump: &Pump,
+        tracker: &mut Option<Tracker>,
+    ) -> Result<Hash> {
+        let (returned, captured) =
+            capturing.thread.join().map_err(|_| anyhow!("taking a snapshot panicked"))?;
+        *tracker = Some(returned);
+        let captured = captured.context("take the snapshot apart")?;
+        let event = pump.event_at(captured.root.log_offset).context("the snapshot stands outside the log")?;
+        let (icount, digest) = (captured.root.position.icount, captured.digest());
+        let (root, blocks) = captured.finish(event);
+        let row =
+            v1::SnapshotRow { icount, event, root: root.to_vec().into(), digest: digest.to_vec().into() };
+        self.snapshots.push(NewSnapshot { blocks, row });
+        Ok(digest)
+    }
+}

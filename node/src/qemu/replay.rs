@@ -1,0 +1,511 @@
+//! Replaying a span of a QEMU recording: from power-on or a snapshot, to the next
+//! snapshot or the end, parked there, and judged by position, roles and digest.
+
+use crate::blocks::BlockCache;
+use crate::qemu::builds::QemuBuild;
+use crate::qemu::process::{Launch, Process, VM_STATE};
+use crate::qemu::qmp::Qmp;
+use crate::qemu::ring::Mode;
+use crate::qemu::scratch::{Contents, Scratch};
+use crate::qemu::snapshot::{Captured, Root, Tracker, capture, read_root};
+use crate::replay::{Control, Replayed};
+use anyhow::{Context, Result, bail, ensure};
+use heddle_proto::qemu::QemuSpec;
+use heddle_proto::verdict::{Proof, Side, TaskResult};
+use heddle_proto::{
+    Body, Divergence, DivergenceKind, Event, Hash, Manifest, Outcome, Position, QemuEvent, RecordingId, Role,
+    Verdict, v1,
+};
+use heddle_replay_engine::qemu::command;
+use heddle_replay_engine::qemu::feed::{Feed, FeedBounds, feed, header};
+use heddle_replay_engine::qemu::log::{self, HEADER_BYTES};
+use heddle_replay_engine::qemu::roles::{Marks, is_pinned};
+use heddle_replay_engine::qemu::vmstate::COVERAGE;
+use heddle_storage::StoreClient;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+const POLL: Duration = Duration::from_millis(2);
+const CONNECT: Duration = Duration::from_secs(20);
+const SAVE: Duration = Duration::from_secs(10);
+/// No progress in the log for so long: the icount is asked for.
+const ASK: Duration = Duration::from_millis(700);
+/// No progress in icount for so long is a stall.
+const STALL: Duration = Duration::from_secs(8);
+/// What QEMU reads before it loads a snapshot: the machine's start, and one event ahead.
+const PROLOGUE_BYTES: usize = 4096;
+const CONSOLE_BYTES_MAX: u64 = 64 << 20;
+
+/// All that a span's replay needs, fetched.
+#[derive(Clone)]
+pub struct QemuSpan {
+    /// The recording's manifest.
+    pub manifest: Manifest,
+    /// Files and disks.
+    pub contents: Contents,
+    /// The events from the span's beginning to its end.
+    pub events: Vec<Event>,
+    prologue: Vec<u8>,
+    /// The snapshot at its beginning.
+    pub start: Option<Root>,
+    /// Where it begins.
+    pub from: Position,
+    /// Where it ends.
+    pub to: Position,
+    /// The digest there.
+    pub digest: Option<Hash>,
+    /// Whether it reaches the recording's end.
+    pub is_last: bool,
+    blocks: BlockCache,
+}
+
+impl QemuSpan {
+    /// Fetches what `bounds` names.
+    pub async fn fetch(
+        store: &StoreClient,
+        blocks: &BlockCache,
+        id: RecordingId,
+        bounds: v1::SpanBounds,
+    ) -> Result<QemuSpan> {
+        let row = store.get(id).await.context("look up the recording")?;
+        let manifest = Manifest::decode(&row.manifest)?;
+        let spec = manifest.qemu().context("the recording is not QEMU's")?;
+        command::check(spec)?;
+        let mut contents = Contents::default();
+        for file in &spec.files {
+            contents.files.push(blocks.image(file).await?);
+        }
+        for disk in &spec.disks {
+            contents.disks.push(blocks.image(&disk.image).await?);
+        }
+        // The end is the last snapshot, if nothing but the end's bookkeeping follows it.
+        let last = row.snapshots.iter().max_by_key(|snapshot| (snapshot.icount, snapshot.event));
+        let last =
+            last.filter(|last| last.icount == row.committed_icount && last.event <= row.committed_events);
+        let is_last = bounds.to_event == 0;
+        let (to, digest) = match (is_last, last) {
+            (false, _) => {
+                let digest = (!bounds.to_digest.is_empty()).then(|| Hash::from_slice(&bounds.to_digest));
+                (Position { icount: bounds.to_icount, event: bounds.to_event }, digest.transpose()?)
+            }
+            (true, Some(last)) => {
+                (Position { icount: last.icount, event: last.event }, Some(Hash::from_slice(&last.digest)?))
+            }
+            (true, None) => (Position { icount: row.committed_icount, event: row.committed_events }, None),
+        };
+        let events = read_events(store, id, bounds.from_event, to.event).await?;
+        let start = if bounds.snapshot_root.is_empty() {
+            None
+        } else {
+            let hash = Hash::from_slice(&bounds.snapshot_root)?;
+            let mut source = blocks.clone();
+            Some(tokio::task::spawn_blocking(move || read_root(hash, &mut source)).await??)
+        };
+        let from = Position { icount: bounds.from_icount, event: bounds.from_event };
+        ensure!(
+            start.as_ref().is_none_or(|root| root.position == from),
+            "the snapshot stands elsewhere than the span begins"
+        );
+        let prologue = if start.is_some() {
+            let first = read_events(store, id, 0, bounds.from_event.min(256)).await?;
+            let mut bytes = vec![];
+            log::encode(&mut bytes, &mut 0, &first)?;
+            bytes.truncate(PROLOGUE_BYTES);
+            bytes
+        } else {
+            vec![]
+        };
+        Ok(QemuSpan {
+            manifest: manifest.clone(),
+            contents,
+            events,
+            prologue,
+            start,
+            from,
+            to,
+            digest,
+            is_last,
+            blocks: blocks.clone(),
+        })
+    }
+
+    /// The recording's emulator.
+    pub fn spec(&self) -> Result<&QemuSpec> {
+        self.manifest.qemu().context("the recording is not QEMU's")
+    }
+
+    /// What QEMU is fed.
+    pub fn feed(&self) -> Result<Feed> {
+        let undecoded = self.events.iter().position(|e| matches!(e.body, Body::Qemu(QemuEvent::Raw { .. })));
+        if let Some(at) = undecoded {
+            bail!(
+                "event {} could not be decoded when it was recorded: nothing behind it replays",
+                self.from.event + at as u64
+            );
+        }
+        let bounds = FeedBounds {
+            offset: self.start.as_ref().map_or(HEADER_BYTES, |root| root.log_offset),
+            icount: self.from.icount,
+            first_event: self.from.event,
+            to_icount: self.to.icount,
+        };
+        Ok(feed(&self.events, bounds)?)
+    }
+
+    fn write_log(&self, path: &Path, feed: &Feed) -> Result<()> {
+        let what = || format!("write {}", path.display());
+        let file = File::create(path).with_context(what)?;
+        file.write_all_at(&header(), 0).with_context(what)?;
+        let before = feed.offset.saturating_sub(HEADER_BYTES).min(self.prologue.len() as u64);
+        file.write_all_at(&self.prologue[..before as usize], HEADER_BYTES).with_context(what)?;
+        file.write_all_at(&feed.bytes, feed.offset).with_context(what)
+    }
+
+    /// Puts everything in a scratch directory and starts QEMU there. `extra` are options
+    /// of this run alone. Called from a thread of its own.
+    pub fn start(&self, build: &QemuBuild, run: &Run) -> Result<Started> {
+        let spec = self.spec()?;
+        let feed = self.feed()?;
+        let mut source = self.blocks.clone();
+        let root = self
+            .start
+            .as_ref()
+            .map(|root| (root, &mut source as &mut dyn heddle_replay_engine::page_tree::BlockSource));
+        let scratch = Scratch::of_store(spec, &self.contents, root)?;
+        let log = scratch.path().join("log");
+        self.write_log(&log, &feed)?;
+        let console = scratch.path().join("console");
+        let process = Process::start(Launch {
+            program: &build.binary,
+            arguments: scratch.arguments(spec)?,
+            icount: &spec.icount,
+            mode: Mode::Replay,
+            log,
+            snapshot: self.start.as_ref().map(|_| VM_STATE),
+            vm_state: &scratch.vm_state(),
+            scratch: scratch.path(),
+            ring: scratch.path().join("ring"),
+            dialect: build.dialect()?,
+            memory_bytes: spec.memory_bytes,
+            stdin: Stdio::piped(),
+            stdout: Stdio::from(File::create(&console).context("create the console's file")?),
+            is_pinned: run.is_pinned,
+            is_stopped: run.is_stopped,
+            extra: run.extra.clone(),
+        })?;
+        Ok(Started { process, scratch, feed })
+    }
+}
+
+/// How a run is started.
+#[derive(Clone, Default)]
+pub struct Run {
+    /// On one core.
+    pub is_pinned: bool,
+    /// With the guest stopped.
+    pub is_stopped: bool,
+    /// Options of this run alone.
+    pub extra: Vec<String>,
+}
+
+/// A replay that runs.
+pub struct Started {
+    /// QEMU.
+    pub process: Process,
+    /// Its directory.
+    pub scratch: Scratch,
+    /// What it is fed.
+    pub feed: Feed,
+}
+
+async fn read_events(store: &StoreClient, id: RecordingId, from: u64, to: u64) -> Result<Vec<Event>> {
+    if from >= to {
+        return Ok(vec![]);
+    }
+    let chunks = store.read(id, from, to).await.context("read the log")?;
+    let mut events = vec![];
+    for chunk in &chunks {
+        let first = chunk.header.first_event;
+        let found = chunk.events().with_context(|| format!("chunk at event {first}"))?;
+        let wanted = (from.saturating_sub(first) as usize).min(found.len())
+            ..(to.saturating_sub(first) as usize).min(found.len());
+        events.extend_from_slice(&found[wanted]);
+    }
+    ensure!(events.len() as u64 == to - from, "the log has {} of {} events", events.len(), to - from);
+    Ok(events)
+}
+
+/// Watches a replay through the tap.
+struct Watch<'a> {
+    span: &'a QemuSpan,
+    feed: &'a Feed,
+    marks: Marks,
+    /// Events whose role was looked at.
+    seen: usize,
+    role_checked: u64,
+    role_mismatches: u64,
+    checkpoints: BTreeMap<String, BTreeMap<String, u64>>,
+    first_mismatch: Option<(usize, Role)>,
+}
+
+impl<'a> Watch<'a> {
+    fn new(span: &'a QemuSpan, feed: &'a Feed) -> Watch<'a> {
+        Watch {
+            span,
+            feed,
+            marks: Marks::default(),
+            seen: 0,
+            role_checked: 0,
+            role_mismatches: 0,
+            checkpoints: BTreeMap::new(),
+            first_mismatch: None,
+        }
+    }
+
+    fn event(&self, place: usize) -> (u64, &'a Event) {
+        let index = self.feed.places[place].event;
+        (index, &self.span.events[(index - self.span.from.event) as usize])
+    }
+
+    /// Takes what the tap has seen up to `offset`. Whoever reads behind an event has
+    /// handled it; the last event before a cut has no such reader.
+    fn take(&mut self, process: &mut Process, offset: u64) -> Result<()> {
+        for (from, thread) in process.ring.take_marks()? {
+            if from >= self.feed.offset {
+                self.marks.push(from, thread);
+            }
+        }
+        let handled = self.feed.handled(offset);
+        while self.seen < handled {
+            let place = self.seen;
+            self.seen += 1;
+            let (_, event) = self.event(place);
+            let thread = self.marks.at(self.feed.places[place].end);
+            let is_last = place + 1 == self.feed.places.len();
+            let Some(role) = thread.and_then(|thread| thread.role()) else { continue };
+            if is_last || !is_pinned(&event.body) {
+                continue;
+            }
+            if let Body::Checkpoint(kind) = &event.body {
+                let roles = self.checkpoints.entry(format!("{kind:?}")).or_default();
+                *roles.entry(role.to_string()).or_default() += 1;
+            }
+            self.role_checked += 1;
+            if role != event.role {
+                self.role_mismatches += 1;
+                self.first_mismatch.get_or_insert((place, role));
+            }
+        }
+        Ok(())
+    }
+
+    fn divergence(&self, place: usize, kind: DivergenceKind, found: Side, pc: u64) -> Divergence {
+        let place = place.min(self.feed.places.len().saturating_sub(1));
+        let (position, expected) = if self.feed.places.is_empty() {
+            let what = "the end of the log".to_string();
+            (self.span.to, Side { what, role: None, icount: self.span.to.icount })
+        } else {
+            let (index, event) = self.event(place);
+            let what = event.body.to_string();
+            let position = Position { icount: event.icount, event: index };
+            (position, Side { what, role: Some(event.role), icount: event.icount })
+        };
+        Divergence { kind, position, expected, found, last_good: self.span.from, pc }
+    }
+}
+
+/// How far a replay got.
+enum End {
+    /// Parked behind the last event.
+    Parked,
+    /// It stands still: icount, and what QEMU says.
+    Stuck(u64),
+    /// QEMU ended: how, and what it said.
+    Ended(String),
+    /// An event was handled by the wrong thread.
+    WrongRole,
+}
+
+/// Replays a span and judges it. Called from a thread that lives as long.
+pub fn replay(span: &QemuSpan, build: &QemuBuild, control: &Control) -> Result<Replayed> {
+    let run = Run { is_pinned: true, ..Run::default() };
+    let mut started = span.start(build, &run)?;
+    let feed = std::mem::take(&mut started.feed);
+    let mut watch = Watch::new(span, &feed);
+    let mut qmp = None;
+    let end = follow(&mut started.process, &mut watch, &mut qmp, control)?;
+    let mut captured = None;
+    let outcome = match end {
+        End::WrongRole => {
+            let (place, role) = watch.first_mismatch.context("there is one")?;
+            let (_, event) = watch.event(place);
+            let found = Side { what: event.body.to_string(), role: Some(role), icount: event.icount };
+            Outcome::Diverged(Box::new(watch.divergence(place, DivergenceKind::WrongRole, found, 0)))
+        }
+        End::Stuck(icount) => {
+            let pc = pc_of(&mut started.process, &mut qmp);
+            let what = "stuck, waiting for it".to_string();
+            let found = Side { what, role: None, icount };
+            Outcome::Diverged(Box::new(watch.divergence(watch.seen, DivergenceKind::Stall, found, pc)))
+        }
+        End::Ended(said) => {
+            let kind = match said.as_str() {
+                said if said.contains("error reading the replay data") => DivergenceKind::LogEndedEarly,
+                said if said.contains("in the replay log") || said.contains("event kind") => {
+                    DivergenceKind::WrongKind
+                }
+                said => bail!("QEMU ended in the middle of a replay: {said}"),
+            };
+            let icount = watch.event(watch.seen.min(feed.places.len() - 1)).1.icount;
+            let found = Side { what: said, role: None, icount };
+            Outcome::Diverged(Box::new(watch.divergence(watch.seen, kind, found, 0)))
+        }
+        End::Parked => {
+            let qmp = connected(&mut started.process, &mut qmp)?;
+            let (outcome, state) = judge_parked(qmp, &watch, &started.scratch)?;
+            captured = Some(state);
+            outcome
+        }
+    };
+    let is_match = outcome == Outcome::Match;
+    let console = console(&started.scratch)?;
+    let reached = match (&outcome, is_match) {
+        (Outcome::Diverged(divergence), _) => {
+            Position { icount: divergence.found.icount, event: divergence.position.event }
+        }
+        _ => span.to,
+    };
+    let coverage = if span.digest.is_some() {
+        COVERAGE.to_string()
+    } else {
+        "icount, events and roles; the recording was cut and has no digest at its end".to_string()
+    };
+    let verdict = Verdict {
+        outcome,
+        from: span.from,
+        to: reached,
+        instructions: reached.icount.saturating_sub(span.from.icount),
+        events: watch.seen as u64,
+        role_checked: watch.role_checked,
+        role_mismatches: watch.role_mismatches,
+        checkpoints: watch.checkpoints,
+        digest: captured.as_ref().map(|state: &Captured| state.digest()),
+        coverage,
+        proof: if span.from == Position::default() && span.is_last { Proof::Whole } else { Proof::Spans },
+    };
+    Ok(Replayed { result: TaskResult::Replay(verdict), console })
+}
+
+fn connected<'q>(process: &mut Process, qmp: &'q mut Option<Qmp>) -> Result<&'q mut Qmp> {
+    if qmp.is_none() {
+        *qmp = Some(process.qmp(CONNECT)?);
+    }
+    qmp.as_mut().context("it was just connected")
+}
+
+/// Follows a replay until it parks, stands still, ends, or leaves its roles.
+fn follow(process: &mut Process, watch: &mut Watch, qmp: &mut Option<Qmp>, control: &Control) -> Result<End> {
+    let stall = control.stall_after.unwrap_or(STALL);
+    let end = watch.feed.end_offset();
+    let (mut last_offset, mut last_icount) = (0, 0);
+    let (mut moved, mut asked) = (Instant::now(), Instant::now());
+    loop {
+        if control.cancel.load(Ordering::Relaxed) {
+            bail!("the task was cancelled");
+        }
+        let status = process.try_wait()?;
+        let offset = process.ring.offset()?;
+        watch.take(process, offset)?;
+        if watch.first_mismatch.is_some() {
+            return Ok(End::WrongRole);
+        }
+        if offset > end {
+            return Ok(End::Parked);
+        }
+        if let Some(status) = status {
+            return Ok(End::Ended(format!("{} ({status})", process.said())));
+        }
+        if offset != last_offset {
+            last_offset = offset;
+            moved = Instant::now();
+            asked = moved;
+            if let Some(place) = watch.seen.checked_sub(1) {
+                control.progress.store(watch.event(place).1.icount, Ordering::Relaxed);
+            }
+        } else if asked.elapsed() > ASK {
+            // A guest that computes reads nothing for long; only its icount tells.
+            asked = Instant::now();
+            if let Ok(icount) = connected(process, qmp).and_then(Qmp::icount)
+                && icount != last_icount
+            {
+                last_icount = icount;
+                moved = Instant::now();
+                control.progress.store(icount, Ordering::Relaxed);
+            }
+        }
+        if moved.elapsed() > stall {
+            return Ok(End::Stuck(last_icount));
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+/// All events are handled: position first, then the digest.
+fn judge_parked(qmp: &mut Qmp, watch: &Watch, scratch: &Scratch) -> Result<(Outcome, Captured)> {
+    let span = watch.span;
+    qmp.command("stop", serde_json::json!({}))?;
+    qmp.save(VM_STATE_CHECK, SAVE)?;
+    let captured = capture(&mut Tracker::default(), VM_STATE_CHECK, &scratch.vm_state(), &scratch.overlays)?;
+    let icount = captured.root.position.icount;
+    let pc = 0;
+    if icount != span.to.icount {
+        let found = Side { what: "parked".into(), role: None, icount };
+        let divergence = watch.divergence(watch.seen, DivergenceKind::WrongIcount, found, pc);
+        return Ok((Outcome::Diverged(Box::new(divergence)), captured));
+    }
+    match span.digest {
+        Some(digest) if digest != captured.digest() => {
+            let expected = Side { what: format!("digest {}", digest.short()), role: None, icount };
+            let found = Side { what: format!("digest {}", captured.digest().short()), role: None, icount };
+            let divergence = Divergence {
+                kind: DivergenceKind::State,
+                position: span.to,
+                expected,
+                found,
+                last_good: span.from,
+                pc,
+            };
+            Ok((Outcome::Diverged(Box::new(divergence)), captured))
+        }
+        _ => Ok((Outcome::Match, captured)),
+    }
+}
+
+/// The name under which a parked state is saved.
+const VM_STATE_CHECK: &str = "heddle-check";
+
+/// The guest's program counter, as far as it can be had from a QEMU that is stuck.
+fn pc_of(process: &mut Process, qmp: &mut Option<Qmp>) -> u64 {
+    let said = connected(process, qmp).and_then(|qmp| qmp.human("info registers")).unwrap_or_default();
+    let after = |mark: &str| said.split(mark).nth(1).map(str::trim_start);
+    ["RIP=", "EIP=", "PC=", " pc "]
+        .iter()
+        .find_map(|mark| {
+            let digits: String = after(mark)?.chars().take_while(char::is_ascii_hexdigit).collect();
+            u64::from_str_radix(&digits, 16).ok()
+        })
+        .unwrap_or(0)
+}
+
+fn console(scratch: &Scratch) -> Result<Vec<u8>> {
+    use std::io::Read;
+    let mut bytes = vec![];
+    let file = File::open(scratch.path().join("console")).context("open the console's file")?;
+    file.take(CONSOLE_BYTES_MAX).read_to_end(&mut bytes).context("read the console's file")?;
+    Ok(bytes)
+}

@@ -1,0 +1,669 @@
+//! The user's QEMU command line: what a recording makes of it, and what it refuses.
+//!
+//! Only options that are known here are accepted: a replay runs what was recorded on
+//! other machines, so nothing unknown may reach them. Files become `{file:N}`, disks
+//! `{disk:N}` behind `blkreplay`, network devices get a `filter-replay`.
+
+use super::log::Dialect;
+use heddle_proto::QemuSpec;
+use std::path::PathBuf;
+
+/// Why a command line can't be recorded, and what to use instead.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{what} can't be recorded: {why}")]
+pub struct Refused {
+    /// The option as given.
+    pub what: String,
+    /// Why, and what to use.
+    pub why: String,
+}
+
+fn refuse<T>(what: impl Into<String>, why: impl Into<String>) -> Result<T, Refused> {
+    Err(Refused { what: what.into(), why: why.into() })
+}
+
+/// A disk that the command line names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// Its file.
+    pub path: PathBuf,
+    /// Its format; `None`: as its first bytes say.
+    pub format: Option<String>,
+}
+
+/// A command line, taken apart.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// What goes into the manifest.
+    pub arguments: Vec<String>,
+    /// Files read as they are.
+    pub files: Vec<PathBuf>,
+    /// Disks.
+    pub disks: Vec<Disk>,
+    /// `-icount`'s options but for rr.
+    pub icount: String,
+    /// The machine type as given; empty: QEMU's default.
+    pub machine: String,
+    /// Guest RAM.
+    pub memory_bytes: u64,
+    /// What was added or changed, for people.
+    pub notes: Vec<String>,
+}
+
+/// Which QEMU it is for.
+#[derive(Clone, Copy, Debug)]
+pub struct Target<'a> {
+    /// `x86_64`, `riscv64`, ...
+    pub arch: &'a str,
+    /// Its log's dialect.
+    pub dialect: Dialect,
+}
+
+impl Target<'_> {
+    fn is_x86(&self) -> bool {
+        matches!(self.arch, "x86_64" | "i386")
+    }
+}
+
+/// Options without a value that change nothing outside the guest.
+const FLAGS: [&str; 9] = [
+    "nographic",
+    "no-reboot",
+    "no-hpet",
+    "no-acpi",
+    "nodefaults",
+    "no-user-config",
+    "no-fd-bootchk",
+    "usb",
+    "nodefconfig",
+];
+/// Options whose value stays as it is.
+const PLAIN: [&str; 13] = [
+    "cpu", "append", "boot", "uuid", "global", "vga", "k", "seed", "audiodev", "watchdog", "name", "g",
+    "action",
+];
+/// Options whose value is a file.
+const FILES: [&str; 5] = ["kernel", "initrd", "bios", "dtb", "option-rom"];
+const DRIVE_LETTERS: [&str; 4] = ["hda", "hdb", "hdc", "hdd"];
+/// Options that can't be recorded, and what to do instead.
+const REFUSED: [(&str, &str); 33] = [
+    ("snapshot", "every disk gets an overlay of its own anyway; leave it out"),
+    ("enable-kvm", "instructions are counted by TCG alone; leave it out"),
+    ("accel", "only tcg counts instructions; leave it out"),
+    ("daemonize", "the recording's node owns the process; leave it out"),
+    ("incoming", "a recording begins at power-on"),
+    ("loadvm", "a recording begins at power-on"),
+    ("S", "the guest starts when the recording is open; leave it out"),
+    ("s", "attach a debugger to a replay: heddle debug"),
+    ("gdb", "attach a debugger to a replay: heddle debug"),
+    ("qmp", "monitor commands are not recorded; leave it out"),
+    ("qmp-pretty", "monitor commands are not recorded; leave it out"),
+    ("mon", "monitor commands are not recorded; leave it out"),
+    ("blockdev", "give the disk with -drive file=FILE,if=none,id=ID"),
+    ("pflash", "use -bios, or -drive if=pflash,readonly=on"),
+    ("sd", "use -drive if=virtio"),
+    ("mtdblock", "use -drive if=virtio"),
+    ("fda", "use -drive if=virtio or if=ide"),
+    ("fdb", "use -drive if=virtio or if=ide"),
+    ("virtfs", "9p has no replay hooks; put the files on a disk"),
+    ("fsdev", "9p has no replay hooks; put the files on a disk"),
+    ("semihosting", "host calls are not recorded"),
+    ("semihosting-config", "host calls are not recorded"),
+    ("vnc", "use -display none; a display's input can't be given to a recording yet"),
+    ("spice", "use -display none; a display's input can't be given to a recording yet"),
+    ("usbdevice", "host USB has no replay hooks; use -device usb-kbd and such"),
+    ("readconfig", "give the options on the command line: each is checked"),
+    ("sandbox", "it is set for every run; leave it out"),
+    ("pidfile", "the recording's node owns the process; leave it out"),
+    ("runas", "run heddle as that user"),
+    ("chroot", "run heddle there"),
+    ("L", "name the firmware with -bios: it goes with the recording"),
+    ("no-shutdown", "it is set for every run; leave it out"),
+    ("smbios", "its files are not stored yet"),
+];
+/// Devices that can't be recorded, by the beginning of their names.
+const REFUSED_DEVICES: [(&str, &str); 8] = [
+    ("vfio", "host devices have no replay hooks"),
+    ("vhost", "vhost runs outside QEMU; use the virtio device without vhost"),
+    ("usb-host", "host USB has no replay hooks"),
+    ("usb-redir", "host USB has no replay hooks"),
+    ("virtio-9p", "9p has no replay hooks; put the files on a disk"),
+    ("pvpanic-host", "it is not known to replay"),
+    ("virtio-gpu-gl", "3D rendering has no replay hooks; use virtio-gpu"),
+    ("ivshmem", "shared memory has no replay hooks"),
+];
+
+/// `key=value` pairs of an option, commas doubled as QEMU has them.
+fn pairs(value: &str) -> Vec<(String, String)> {
+    let mut parts = vec![String::new()];
+    let mut chars = value.chars().peekable();
+    while let Some(c) = chars.next() {
+        match c {
+            ',' if chars.peek() == Some(&',') => {
+                chars.next();
+                parts.last_mut().expect("never empty").push(',');
+            }
+            ',' => parts.push(String::new()),
+            c => parts.last_mut().expect("never empty").push(c),
+        }
+    }
+    parts
+        .into_iter()
+        .map(|part| match part.split_once('=') {
+            Some((key, value)) => (key.to_string(), value.to_string()),
+            None => (part, String::new()),
+        })
+        .collect()
+}
+
+fn take(pairs: &mut Vec<(String, String)>, key: &str) -> Option<String> {
+    let at = pairs.iter().position(|(found, _)| found == key)?;
+    Some(pairs.remove(at).1)
+}
+
+fn join(pairs: &[(String, String)]) -> String {
+    let one = |(key, value): &(String, String)| {
+        let value = value.replace(',', ",,");
+        if value.is_empty() { key.clone() } else { format!("{key}={value}") }
+    };
+    pairs.iter().map(one).collect::<Vec<_>>().join(",")
+}
+
+/// Takes the user's arguments, without the program, apart.
+pub fn plan(arguments: &[String], target: Target) -> Result<Plan, Refused> {
+    let mut planner = Planner { target, ..Planner::new(target) };
+    let mut arguments = arguments.iter();
+    while let Some(argument) = arguments.next() {
+        if ["{file:", "{disk:", "{scratch}"].iter().any(|mark| argument.contains(mark)) {
+            return refuse(argument, "it contains a mark that heddle uses for files");
+        }
+        let Some(name) = argument.strip_prefix("--").or_else(|| argument.strip_prefix('-')) else {
+            planner.drive(&format!("file={},if=ide,index=0", argument.replace(',', ",,")))?;
+            continue;
+        };
+        if FLAGS.contains(&name) {
+            planner.plan.arguments.push(format!("-{name}"));
+            continue;
+        }
+        if name != "accel"
+            && let Some((_, why)) = REFUSED.iter().find(|(refused, _)| *refused == name)
+        {
+            return refuse(format!("-{name}"), *why);
+        }
+        let Some(value) = arguments.next() else { return refuse(format!("-{name}"), "its value is missing") };
+        planner.option(name, value)?;
+    }
+    planner.finish()
+}
+
+struct Planner<'a> {
+    target: Target<'a>,
+    plan: Plan,
+    serials: u32,
+    netdevs: Vec<String>,
+    has_net: bool,
+    icount: Vec<(String, String)>,
+}
+
+impl<'a> Planner<'a> {
+    fn new(target: Target<'a>) -> Planner<'a> {
+        let plan = Plan { memory_bytes: 128 << 20, ..Plan::default() };
+        Planner { target, plan, serials: 0, netdevs: vec![], has_net: false, icount: vec![] }
+    }
+
+    fn push(&mut self, name: &str, value: impl Into<String>) {
+        self.plan.arguments.push(format!("-{name}"));
+        self.plan.arguments.push(value.into());
+    }
+
+    fn file(&mut self, path: &str) -> String {
+        self.plan.files.push(PathBuf::from(path));
+        format!("{{file:{}}}", self.plan.files.len() - 1)
+    }
+
+    fn option(&mut self, name: &str, value: &str) -> Result<(), Refused> {
+        let shown = || format!("-{name} {value}");
+        if FILES.contains(&name) {
+            let mark = self.file(value);
+            self.push(name, mark);
+            return Ok(());
+        }
+        if DRIVE_LETTERS.contains(&name) {
+            let index = DRIVE_LETTERS.iter().position(|letter| *letter == name).unwrap_or(0);
+            return self.drive(&format!("file={},if=ide,index={index}", value.replace(',', ",,")));
+        }
+        match name {
+            "cpu" if value.starts_with("host") => {
+                refuse(shown(), "it differs from host to host; name a model")
+            }
+            "action" if value.contains("shutdown") => refuse(shown(), "shutdown is handled by the recording"),
+            "global" if value.contains('/') => refuse(shown(), "a host path in a property is not stored"),
+            "audiodev" if !value.starts_with("none") => {
+                refuse(shown(), "only -audiodev none is known to replay")
+            }
+            _ if PLAIN.contains(&name) => {
+                self.push(name, value);
+                Ok(())
+            }
+            "M" | "machine" => self.machine(value),
+            "accel" if value == "tcg" || value == "tcg,thread=single" => Ok(()),
+            "accel" => refuse(shown(), "only tcg with one thread counts instructions"),
+            "m" => {
+                let Some(bytes) = memory(value) else { return refuse(shown(), "its size is not understood") };
+                self.plan.memory_bytes = bytes;
+                self.push(name, value);
+                Ok(())
+            }
+            "smp" if pairs(value).iter().all(|(key, value)| is_one(key, value)) => {
+                self.push(name, value);
+                Ok(())
+            }
+            "smp" => refuse(shown(), "QEMU records one CPU; use -smp 1"),
+            "icount" => self.icount(value),
+            "rtc" => self.rtc(value),
+            "display" if value == "none" => {
+                self.push(name, value);
+                Ok(())
+            }
+            "display" => refuse(shown(), "use -display none, and the serial console"),
+            "serial" => self.serial(value),
+            "parallel" | "monitor" if ["none", "null"].contains(&value) => {
+                self.push(name, value);
+                Ok(())
+            }
+            "parallel" | "monitor" => refuse(shown(), "only none and null are recorded"),
+            "chardev" if value.starts_with("null") => {
+                self.push(name, value);
+                Ok(())
+            }
+            "chardev" => refuse(shown(), "QEMU records the character devices of -serial alone; use -serial"),
+            "drive" => self.drive(value),
+            "cdrom" => self.drive(&format!("file={},if=ide,index=2,media=cdrom", value.replace(',', ",,"))),
+            "device" => self.device(value),
+            "netdev" => self.netdev(value),
+            "nic" | "net" => self.nic(name, value),
+            "object" => match value.split(',').next() {
+                Some("rng-builtin" | "memory-backend-ram") => {
+                    self.push(name, value);
+                    Ok(())
+                }
+                Some("rng-random" | "rng-egd") => refuse(shown(), "the host's entropy; use rng-builtin"),
+                _ => refuse(shown(), "only rng-builtin and memory-backend-ram are known to replay"),
+            },
+            "fw_cfg" => {
+                let mut given = pairs(value);
+                if let Some(path) = take(&mut given, "file") {
+                    let mark = self.file(&path);
+                    given.push(("file".into(), mark));
+                }
+                self.push(name, join(&given));
+                Ok(())
+            }
+            _ => refuse(shown(), "heddle does not know this option, so it can't say whether it replays"),
+        }
+    }
+
+    fn machine(&mut self, value: &str) -> Result<(), Refused> {
+        let mut given = pairs(value);
+        for (key, value) in &given {
+            if key == "accel" && value != "tcg" {
+                return refuse(format!("-machine accel={value}"), "only tcg counts instructions");
+            }
+        }
+        take(&mut given, "accel");
+        let named = take(&mut given, "type");
+        let first = given.first().filter(|(_, value)| value.is_empty()).map(|(key, _)| key.clone());
+        self.plan.machine = named.clone().or(first).unwrap_or_default();
+        if let Some(named) = named {
+            given.insert(0, (named, String::new()));
+        }
+        self.push("machine", join(&given));
+        Ok(())
+    }
+
+    fn icount(&mut self, value: &str) -> Result<(), Refused> {
+        let mut given = pairs(value);
+        if let Some((first, _)) = given.first().filter(|(_, value)| value.is_empty()).cloned() {
+            given[0] = ("shift".into(), first);
+        }
+        for (key, value) in &given {
+            match (key.as_str(), value.as_str()) {
+                ("shift", value)
+                    if value == "auto" || value.parse::<u32>().is_ok_and(|shift| shift <= 10) => {}
+                ("sleep", "on") | ("align", "off") => {}
+                ("sleep", _) => {
+                    return refuse("-icount sleep=off", "disks, input and network never complete with it");
+                }
+                _ => {
+                    return refuse(
+                        format!("-icount {key}={value}"),
+                        "only shift, sleep=on and align=off are",
+                    );
+                }
+            }
+        }
+        self.icount = given;
+        Ok(())
+    }
+
+    fn rtc(&mut self, value: &str) -> Result<(), Refused> {
+        let given = pairs(value);
+        let of = |key: &str| given.iter().find(|(found, _)| found == key).map(|(_, value)| value.as_str());
+        let (base, is_vm) = (of("base"), of("clock") == Some("vm"));
+        if base == Some("localtime") {
+            return refuse(format!("-rtc {value}"), "it differs from host to host; use base=utc or a date");
+        }
+        let is_date = base.is_some_and(|base| base != "utc");
+        if self.target.dialect == Dialect::Qemu10 && is_date != is_vm {
+            return refuse(format!("-rtc {value}"), "QEMU 10 replays a date only together with clock=vm");
+        }
+        self.push("rtc", value);
+        Ok(())
+    }
+
+    fn serial(&mut self, value: &str) -> Result<(), Refused> {
+        let serial = self.serials;
+        self.serials += 1;
+        match value {
+            "none" | "null" | "stdio" | "mon:stdio" | "vc" => self.push("serial", value),
+            _ if value.starts_with("file:") => {
+                self.push("serial", format!("file:{{scratch}}/serial{serial}"))
+            }
+            _ => return refuse(format!("-serial {value}"), "use stdio, mon:stdio, file:, null or none"),
+        }
+        Ok(())
+    }
+
+    fn drive(&mut self, value: &str) -> Result<(), Refused> {
+        let mut given = pairs(value);
+        let what = || format!("-drive {value}");
+        let Some(path) = take(&mut given, "file") else {
+            return refuse(what(), "it names no file");
+        };
+        let interface = take(&mut given, "if").unwrap_or_else(|| "ide".into());
+        let format = take(&mut given, "format");
+        let is_read_only = given.iter().any(|(key, value)| {
+            ["readonly", "read-only"].contains(&key.as_str()) && ["", "on"].contains(&value.as_str())
+        });
+        if interface == "pflash" {
+            if !is_read_only {
+                return refuse(what(), "writes to flash are not recorded; use readonly=on, or -bios");
+            }
+            let mark = self.file(&path);
+            let format = format.unwrap_or_else(|| "raw".into());
+            self.push("drive", format!("file={mark},if=pflash,format={format},{}", join(&given)));
+            return Ok(());
+        }
+        let is_cdrom = take(&mut given, "media").as_deref() == Some("cdrom");
+        let (bus, unit) = (take(&mut given, "bus"), take(&mut given, "unit"));
+        let index: Option<u32> = take(&mut given, "index").and_then(|index| index.parse().ok());
+        let id = take(&mut given, "id");
+        let serial = take(&mut given, "serial");
+        for key in [
+            "cache",
+            "aio",
+            "discard",
+            "detect-zeroes",
+            "werror",
+            "rerror",
+            "snapshot",
+            "readonly",
+            "read-only",
+        ] {
+            take(&mut given, key);
+        }
+        if let Some((key, _)) = given.first() {
+            return refuse(what(), format!("heddle does not know {key} of a drive"));
+        }
+        let number = self.plan.disks.len();
+        let id = id.unwrap_or_else(|| format!("heddle-disk{number}"));
+        self.plan.disks.push(Disk { path: PathBuf::from(path), format });
+        self.push("drive", format!("file={{disk:{number}}},if=none,format=qcow2,id={id}-image"));
+        self.push("drive", format!("driver=blkreplay,if=none,image={id}-image,id={id}"));
+        let serial = serial.map_or(String::new(), |serial| format!(",serial={}", serial.replace(',', ",,")));
+        match interface.as_str() {
+            "none" => {}
+            "virtio" => self.push("device", format!("virtio-blk-pci,drive={id}{serial}")),
+            "ide" => {
+                let device = if is_cdrom { "ide-cd" } else { "ide-hd" };
+                // An index counts two units to a bus.
+                let bus = bus.or_else(|| index.map(|index| format!("ide.{}", index / 2)));
+                let unit = unit.or_else(|| index.map(|index| (index % 2).to_string()));
+                let place: String = [("bus", bus), ("unit", unit)]
+                    .into_iter()
+                    .filter_map(|(key, value)| Some(format!(",{key}={}", value?)))
+                    .collect();
+                self.push("device", format!("{device},drive={id}{place}{serial}"));
+            }
+            other => {
+                return refuse(what(), format!("if={other} is not known to replay; use if=virtio or if=ide"));
+            }
+        }
+        Ok(())
+    }
+
+    fn device(&mut self, value: &str) -> Result<(), Refused> {
+        let mut given = pairs(value);
+        let name = given.first().map(|(name, _)| name.clone()).unwrap_or_default();
+        if let Some((_, why)) = REFUSED_DEVICES.iter().find(|(refused, _)| name.starts_with(refused)) {
+            return refuse(format!("-device {name}"), *why);
+        }
+        for key in ["file", "romfile"] {
+            if let Some(path) = take(&mut given, key).filter(|path| !path.is_empty()) {
+                let mark = self.file(&path);
+                given.push((key.into(), mark));
+            }
+        }
+        if let Some((key, _)) = given.iter().find(|(_, value)| value.starts_with('/')) {
+            return refuse(format!("-device {value}"), format!("the host path in {key} is not stored"));
+        }
+        let is_virtio_net = name.starts_with("virtio-net");
+        let has_tx = given.iter().any(|(key, _)| key == "tx");
+        if is_virtio_net && self.target.dialect == Dialect::Qemu7 && !has_tx {
+            given.push(("tx".into(), "timer".into()));
+            self.plan.notes.push("virtio-net gets tx=timer: with tx=bh QEMU 7's replay hangs".into());
+        }
+        self.has_net |= given.iter().any(|(key, _)| key == "netdev");
+        self.push("device", join(&given));
+        Ok(())
+    }
+
+    fn netdev(&mut self, value: &str) -> Result<(), Refused> {
+        let given = pairs(value);
+        let kind = given.first().map(|(kind, _)| kind.as_str()).unwrap_or_default();
+        let id = given.iter().find(|(key, _)| key == "id").map(|(_, id)| id.clone());
+        let Some(id) = id else { return refuse(format!("-netdev {value}"), "it has no id") };
+        if kind != "user" {
+            return refuse(format!("-netdev {value}"), "only user networking can be replayed elsewhere");
+        }
+        self.has_net = true;
+        self.push("netdev", value);
+        self.push("object", format!("filter-replay,id={id}-replay,netdev={id}"));
+        self.netdevs.push(id);
+        Ok(())
+    }
+
+    fn nic(&mut self, name: &str, value: &str) -> Result<(), Refused> {
+        let mut given = pairs(value);
+        let kind = given.first().map(|(kind, _)| kind.clone()).unwrap_or_default();
+        match (name, kind.as_str()) {
+            (_, "none") => {
+                self.has_net = true;
+                self.push("nic", "none");
+                Ok(())
+            }
+            ("nic", "user") => {
+                let model = take(&mut given, "model").unwrap_or_else(|| self.default_nic().to_string());
+                let mac = take(&mut given, "mac").map_or(String::new(), |mac| format!(",mac={mac}"));
+                let id = format!("heddle-net{}", self.netdevs.len());
+                given.push(("id".into(), id.clone()));
+                self.netdev(&join(&given))?;
+                let model = if model == "virtio" { "virtio-net-pci".into() } else { model };
+                self.device(&format!("{model},netdev={id}{mac}"))
+            }
+            _ => refuse(
+                format!("-{name} {value}"),
+                "use -netdev user,id=ID with -device, -nic user, or -nic none",
+            ),
+        }
+    }
+
+    fn default_nic(&self) -> &'static str {
+        match (self.target.is_x86(), self.plan.machine.contains("q35")) {
+            (true, true) => "e1000e",
+            (true, false) => "e1000",
+            _ => "virtio-net-pci",
+        }
+    }
+
+    fn finish(mut self) -> Result<Plan, Refused> {
+        if self.target.is_x86() {
+            self.push("global", "apic-common.vapic=off");
+            self.plan.notes.push("vapic=off: with it, QEMU's replay from a snapshot can deadlock".into());
+            let machine = self.plan.arguments.iter().position(|a| a == "-machine");
+            if self.target.dialect == Dialect::Qemu10 {
+                match machine {
+                    Some(at) if !self.plan.arguments[at + 1].contains("hpet=") => {
+                        self.plan.arguments[at + 1].push_str(",hpet=off");
+                    }
+                    Some(_) => {}
+                    None => self.push("machine", "hpet=off"),
+                }
+                self.plan.notes.push("hpet=off: QEMU 10's snapshots with a used HPET don't replay".into());
+            }
+        }
+        let has_defaults = !self.plan.arguments.iter().any(|argument| argument == "-nodefaults");
+        if !self.has_net && has_defaults {
+            if self.target.is_x86() {
+                self.nic("nic", "user")?;
+                self.plan.notes.push("the default network card is behind a filter-replay".into());
+            } else {
+                self.push("nic", "none");
+            }
+        }
+        if !self.icount.iter().any(|(key, _)| key == "shift") {
+            self.icount.insert(0, ("shift".into(), "auto".into()));
+        }
+        if !self.icount.iter().any(|(key, _)| key == "sleep") {
+            self.icount.push(("sleep".into(), "on".into()));
+        }
+        self.plan.icount = join(&self.icount);
+        Ok(self.plan)
+    }
+}
+
+fn is_one(key: &str, value: &str) -> bool {
+    match (key, value) {
+        (count, "") => count == "1",
+        ("cpus" | "maxcpus" | "cores" | "threads" | "sockets", count) => count == "1",
+        _ => false,
+    }
+}
+
+/// QEMU's sizes: MiB without a suffix.
+fn memory(value: &str) -> Option<u64> {
+    let given = pairs(value);
+    let size = given
+        .iter()
+        .find_map(|(key, value)| match (key.as_str(), value.as_str()) {
+            ("size", size) => Some(size),
+            (size, "") => Some(size),
+            _ => None,
+        })?
+        .trim();
+    let (digits, shift) = match size.chars().last()? {
+        'k' | 'K' => (&size[..size.len() - 1], 10),
+        'm' | 'M' => (&size[..size.len() - 1], 20),
+        'g' | 'G' => (&size[..size.len() - 1], 30),
+        _ => (size, 20),
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+/// The command line of a run, from a manifest: files and disks by their paths there.
+/// Fails for a mark that names nothing: a manifest is input like any other.
+pub fn arguments(
+    spec: &QemuSpec,
+    files: &[PathBuf],
+    disks: &[PathBuf],
+    scratch: &std::path::Path,
+) -> Result<Vec<String>, Refused> {
+    spec.arguments.iter().map(|argument| fill(argument, files, disks, scratch)).collect()
+}
+
+fn fill(
+    argument: &str,
+    files: &[PathBuf],
+    disks: &[PathBuf],
+    scratch: &std::path::Path,
+) -> Result<String, Refused> {
+    let mut out = argument.replace("{scratch}", &scratch.display().to_string());
+    for (mark, paths) in [("{file:", files), ("{disk:", disks)] {
+        while let Some(at) = out.find(mark) {
+            let end = out[at..].find('}').map(|len| at + len);
+            let path = end.and_then(|end| {
+                let number: usize = out[at + mark.len()..end].parse().ok()?;
+                paths.get(number)
+            });
+            let (Some(end), Some(path)) = (end, path) else {
+                return refuse(argument, "it names a file that the recording does not have");
+            };
+            out.replace_range(at..=end, &path.display().to_string());
+        }
+    }
+    Ok(out)
+}
+
+/// Whether every option of a recorded command line is one that [`plan`] can have written:
+/// what reaches a node over the wire is held to the same rules as what a user types.
+pub fn check(spec: &QemuSpec) -> Result<(), Refused> {
+    let written = ["-drive", "-object", "-machine", "-smp", "-m", "-rtc", "-serial", "-monitor", "-parallel"];
+    let more = ["-device", "-netdev", "-nic", "-fw_cfg", "-display", "-chardev"];
+    let mut arguments = spec.arguments.iter();
+    while let Some(argument) = arguments.next() {
+        let name = argument.trim_start_matches('-');
+        if !argument.starts_with('-') {
+            return refuse(argument, "it is no option");
+        }
+        if FLAGS.contains(&name) {
+            continue;
+        }
+        let Some(value) = arguments.next() else { return refuse(argument, "its value is missing") };
+        let is_file = FILES.contains(&name);
+        let is_known = PLAIN.contains(&name)
+            || is_file
+            || written.contains(&argument.as_str())
+            || more.contains(&argument.as_str());
+        if !is_known {
+            return refuse(argument, "no recording can have it");
+        }
+        if name == "append" {
+            continue;
+        }
+        if (is_file && !value.starts_with("{file:")) || value.contains("=/") || value.contains("..") {
+            return refuse(format!("{argument} {value}"), "it names a path of its own");
+        }
+        if name == "serial"
+            && value.contains(':')
+            && !value.starts_with("file:{scratch}/")
+            && value != "mon:stdio"
+        {
+            return refuse(format!("{argument} {value}"), "it opens something on the host");
+        }
+        let keys = pairs(value);
+        let refused = keys.iter().find(|(key, value)| match key.as_str() {
+            "file" => !value.starts_with("{file:") && !value.starts_with("{disk:"),
+            "romfile" => !value.is_empty() && !value.starts_with("{file:"),
+            "path" | "fd" | "script" | "downscript" | "smb" | "tftp" | "hostfwd" | "guestfwd" => true,
+            _ => false,
+        });
+        if let Some((key, _)) = refused {
+            return refuse(format!("{argument} {value}"), format!("{key} reaches out of the recording"));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "command/tests.rs"]
+mod tests;

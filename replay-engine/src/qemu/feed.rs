@@ -1,0 +1,123 @@
+//! What QEMU is fed in a replay: derived from the lossless log by one function.
+//!
+//! The header is supplied, the log is cut at a record, and END appended: alone, it
+//! parks QEMU at the last icount with the machine alive. A SHUTDOWN is moved behind
+//! the INSTRUCTION that it overtook: QEMU writes it without the instructions before
+//! it, and a replay would act on it at once. Everything keeps its place in the
+//! original, so that a position in what is fed is a position in the recording.
+
+use super::log::{EncodeError, HEADER_BYTES, VERSION, encode_body, encode_instructions};
+use heddle_proto::{Body, Event, QemuEvent};
+
+/// An event's place in the fed file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Its index in the recording.
+    pub event: u64,
+    /// Offset behind its last byte: who reads there has handled it.
+    pub end: u64,
+}
+
+/// A part of the log, ready to be fed.
+#[derive(Clone, Debug, Default)]
+pub struct Feed {
+    /// Offset in the file where `bytes` belong.
+    pub offset: u64,
+    /// The records, and END.
+    pub bytes: Vec<u8>,
+    /// The events' places, in the order fed.
+    pub places: Vec<Place>,
+}
+
+/// From where to where a log is fed.
+#[derive(Clone, Copy, Debug)]
+pub struct FeedBounds {
+    /// Offset in the log where it begins: a snapshot's, or behind the header.
+    pub offset: u64,
+    /// icount there.
+    pub icount: u64,
+    /// Index of the first event.
+    pub first_event: u64,
+    /// icount at which QEMU is to be parked.
+    pub to_icount: u64,
+}
+
+/// The header of a log that is fed.
+pub fn header() -> [u8; HEADER_BYTES as usize] {
+    let mut header = [0; HEADER_BYTES as usize];
+    header[..4].copy_from_slice(&VERSION.to_be_bytes());
+    header
+}
+
+/// Encodes `events` so that QEMU handles them all and parks at `bounds.to_icount`.
+pub fn feed(events: &[Event], bounds: FeedBounds) -> Result<Feed, EncodeError> {
+    let mut feed = Feed { offset: bounds.offset, ..Feed::default() };
+    let mut icount = bounds.icount;
+    let mut overtaking: Vec<(u64, &Body)> = vec![];
+    let put = |feed: &mut Feed, event: u64, body: &Body| {
+        encode_body(&mut feed.bytes, body)?;
+        feed.places.push(Place { event, end: bounds.offset + feed.bytes.len() as u64 });
+        Ok(())
+    };
+    for (at, event) in events.iter().enumerate() {
+        let index = bounds.first_event + at as u64;
+        if matches!(event.body, Body::Qemu(QemuEvent::Shutdown { .. })) {
+            overtaking.push((index, &event.body));
+            continue;
+        }
+        encode_instructions(&mut feed.bytes, &mut icount, event.icount)?;
+        for (index, body) in overtaking.drain(..) {
+            put(&mut feed, index, body)?;
+        }
+        put(&mut feed, index, &event.body)?;
+    }
+    encode_instructions(&mut feed.bytes, &mut icount, bounds.to_icount)?;
+    for (index, body) in overtaking {
+        put(&mut feed, index, body)?;
+    }
+    encode_body(&mut feed.bytes, &Body::End)?;
+    Ok(feed)
+}
+
+impl Feed {
+    /// Offset of the final END: once it was read, all before is done.
+    pub fn end_offset(&self) -> u64 {
+        self.offset + self.bytes.len() as u64 - 1
+    }
+
+    /// How many events were handled when the reader stands at `offset`.
+    pub fn handled(&self, offset: u64) -> usize {
+        self.places.partition_point(|place| place.end < offset)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use heddle_proto::{CheckpointKind, Role};
+
+    fn event(icount: u64, body: Body) -> Event {
+        Event { icount, role: Role::Vcpu, body }
+    }
+
+    #[test]
+    fn a_shutdown_is_fed_behind_the_instructions_it_overtook() {
+        let events = [
+            event(5, Body::Checkpoint(CheckpointKind::Init)),
+            event(5, Body::Qemu(QemuEvent::Shutdown { cause: 6 })),
+            event(9, Body::Checkpoint(CheckpointKind::ClockHost)),
+        ];
+        let bounds = FeedBounds { offset: 100, icount: 0, first_event: 7, to_icount: 11 };
+        let fed = feed(&events, bounds).unwrap();
+        let bytes = [0, 0, 0, 0, 5, 0x25, 0, 0, 0, 0, 4, 0x10, 0x23, 0, 0, 0, 0, 2, 0x27];
+        assert_eq!(fed.bytes, bytes);
+        let places: Vec<_> = fed.places.iter().map(|place| (place.event, place.end)).collect();
+        assert_eq!(places, [(7, 106), (8, 112), (9, 113)]);
+        assert_eq!(fed.end_offset(), 118);
+        assert_eq!([fed.handled(106), fed.handled(107), fed.handled(119)], [0, 1, 3]);
+        // With nothing behind it, it still comes after all instructions.
+        let fed = feed(&events[..2], FeedBounds { to_icount: 8, ..bounds }).unwrap();
+        assert_eq!(fed.bytes, [0, 0, 0, 0, 5, 0x25, 0, 0, 0, 0, 3, 0x10, 0x27]);
+    }
+}

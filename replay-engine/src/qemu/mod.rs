@@ -1,0 +1,8 @@
+//! Real QEMU, as far as it is pure: its log's format, what is fed to it, its
+//! snapshots' format, its command line. Processes and files are the node's.
+
+pub mod command;
+pub mod feed;
+pub mod log;
+pub mod roles;
+pub mod vmstate;
