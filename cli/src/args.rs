@@ -55,6 +55,8 @@ pub enum Command {
     Get(Get),
     /// Say all about one recording, job, node or replica.
     Describe(Describe),
+    /// Delete a recording.
+    Delete(Describe),
     /// Print a recording's events.
     Events(Events),
     /// Replay a recording and compare it with its log.

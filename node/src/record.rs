@@ -7,7 +7,7 @@ use crate::outbox::{LeftBehind, left_behind, read_left_behind};
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use heddle_proto::manifest::{Image, MANIFEST_VERSION, MachineSpec, Manifest, Positions, Sleep};
-use heddle_proto::{AsyncEvent, EmulatorSpec, Event, Hash, Position, RecordingId, v1};
+use heddle_proto::{AsyncEvent, Chunk, EmulatorSpec, Event, Hash, Position, RecordingId, v1};
 use heddle_replay_engine::io::{self, RecordSink};
 use heddle_replay_engine::machine::loader::{self, Images};
 use heddle_replay_engine::{AsyncQueue, BUILTIN, Emulator, Snapshot};
@@ -288,9 +288,11 @@ pub async fn recover(store: &StoreClient, dir: &Path) -> Vec<String> {
             }
         };
         let recording = left.recording;
-        match deliver(store, left).await {
+        let ring = path.with_extension("ring");
+        match deliver(store, left, &ring).await {
             Ok(events) => {
                 let _ = std::fs::remove_file(&path);
+                let _ = std::fs::remove_file(&ring);
                 said.push(format!(
                     "recording {} sealed as cut at event {events}: its recorder had died",
                     recording.short()
@@ -312,7 +314,25 @@ fn aside(path: &Path, why: &str) -> String {
     format!("{} is kept: {why}", aside.display())
 }
 
-async fn deliver(store: &StoreClient, left: LeftBehind) -> Result<u64, StoreError> {
+/// What a QEMU had written and its node not taken, as one more chunk.
+fn from_ring(ring: &Path, id: RecordingId, row: &v1::RecordingRow) -> Option<Chunk> {
+    if !ring.exists() {
+        return None;
+    }
+    let last = if row.last_chunk.is_empty() { Hash::ZERO } else { Hash::from_slice(&row.last_chunk).ok()? };
+    let events = match crate::qemu::record::left_in_ring(ring, row.committed_events) {
+        Ok(events) => events,
+        Err(error) => {
+            tracing::warn!("{error:#}");
+            return None;
+        }
+    };
+    // More than one chunk holds can't be in a ring of its size.
+    (!events.is_empty() && events.len() <= heddle_proto::chunk::EVENTS_MAX)
+        .then(|| Chunk::encode(id, row.committed_events, last, &events))
+}
+
+async fn deliver(store: &StoreClient, left: LeftBehind, ring: &Path) -> Result<u64, StoreError> {
     let id = left.recording;
     let opened = store.open(id, &left.token, &[], true).await?;
     if store.get(id).await?.state != "recording" {
@@ -330,6 +350,13 @@ async fn deliver(store: &StoreClient, left: LeftBehind) -> Result<u64, StoreErro
         .collect();
     if !requests.is_empty() {
         let mut replies = store.leader()?.append(tokio_stream::iter(requests)).await?.into_inner();
+        while replies.message().await?.is_some() {}
+    }
+    let row = store.get(id).await?;
+    if let Some(chunk) = from_ring(ring, id, &row) {
+        let request =
+            v1::AppendRequest { recording: id.to_vec().into(), epoch: opened.epoch, chunk: chunk.bytes };
+        let mut replies = store.leader()?.append(tokio_stream::iter([request])).await?.into_inner();
         while replies.message().await?.is_some() {}
     }
     let row = store.get(id).await?;

@@ -92,6 +92,7 @@ impl Entry<'_> {
                 Ok(Outcome::Epoch(epoch))
             }
             Command::MetaWrite { epoch, puts, deletes } => self.meta_write(epoch, puts, deletes),
+            Command::Delete { recording } => self.delete(recording),
         }
     }
 
@@ -231,6 +232,22 @@ impl Entry<'_> {
             return Ok(Outcome::Refused(Refusal::Invalid(what)));
         }
         self.changes.put(Key::snapshot(id, row.icount), &row);
+        Ok(Outcome::Done)
+    }
+
+    fn delete(&mut self, id: RecordingId) -> Result<Outcome, Error> {
+        let Some(row) = self.get::<RecordingRow>(&Key::recording(id))? else {
+            return Ok(Outcome::Refused(Refusal::NotFound));
+        };
+        if row.state == RecordingState::Recording {
+            let what = "it is being recorded; end the recording first".into();
+            return Ok(Outcome::Refused(Refusal::Conflict(what)));
+        }
+        // Rows of this batch first: they may not be in the catalog yet.
+        self.changes.delete_of(id);
+        for key in self.catalog.keys_of(id)? {
+            self.changes.delete(key);
+        }
         Ok(Outcome::Done)
     }
 

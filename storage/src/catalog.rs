@@ -134,6 +134,20 @@ impl Changes {
     pub fn delete(&mut self, key: Key) {
         self.0.insert(key, None);
     }
+    /// Removes what this batch has put of a recording.
+    pub fn delete_of(&mut self, id: RecordingId) {
+        let prefixes = prefixes_of(id);
+        for (key, value) in &mut self.0 {
+            if prefixes.iter().any(|prefix| key.0.starts_with(prefix)) {
+                *value = None;
+            }
+        }
+    }
+}
+
+/// The beginnings of the keys of a recording's rows: itself, its chunks, its snapshots.
+fn prefixes_of(id: RecordingId) -> [Vec<u8>; 3] {
+    [b"r", b"c", b"s"].map(|kind| [&kind[..], &id.0[..]].concat())
 }
 
 /// The rows.
@@ -227,6 +241,12 @@ impl Catalog {
             Ok((id, self.decode(&value)?))
         });
         rows.collect()
+    }
+
+    /// The keys of all of a recording's rows.
+    pub fn keys_of(&self, id: RecordingId) -> Result<Vec<Key>, Error> {
+        let rows = prefixes_of(id).into_iter().flat_map(|prefix| self.tree.scan_prefix(prefix).keys());
+        rows.map(|key| Ok(Key(key?.to_vec()))).collect()
     }
 
     /// A recording's snapshots, by icount.

@@ -226,6 +226,21 @@ impl StoreClient {
         .map(drop)
     }
 
+    /// Removes a recording that nobody writes any more. One that is gone already is fine.
+    pub async fn delete(&self, id: RecordingId) -> Result<(), StoreError> {
+        let request = v1::DeleteRequest { recording: id.to_vec().into() };
+        let done = self
+            .call(|mut client| {
+                let request = request.clone();
+                async move { client.delete(request).await }
+            })
+            .await;
+        match done {
+            Ok(_) | Err(StoreError::NotFound(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// All recordings.
     pub async fn list(&self) -> Result<Vec<v1::RecordingRow>, StoreError> {
         let reply = self.call(|mut client| async move { client.list(v1::ListRequest {}).await }).await?;

@@ -81,6 +81,11 @@ pub enum Command {
         /// Keys to remove.
         deletes: Vec<String>,
     },
+    /// Removes a recording that nobody writes any more.
+    Delete {
+        /// Which.
+        recording: RecordingId,
+    },
 }
 
 impl Command {

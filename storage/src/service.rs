@@ -287,6 +287,12 @@ impl LogStore for StoreService {
         Ok(Response::new(v1::AddSnapshotReply {}))
     }
 
+    async fn delete(&self, request: Request<v1::DeleteRequest>) -> Result<Response<v1::DeleteReply>, Status> {
+        let recording = recording_id(&request.into_inner().recording)?;
+        self.propose(Command::Delete { recording }, &[]).await?;
+        Ok(Response::new(v1::DeleteReply {}))
+    }
+
     async fn list(&self, _: Request<v1::ListRequest>) -> Result<Response<v1::ListReply>, Status> {
         self.read_index().await?;
         let rows = self.catalog.recordings().map_err(internal)?;

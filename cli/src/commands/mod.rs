@@ -37,6 +37,7 @@ pub async fn run(args: Args) -> Result<u8> {
         Command::Record(Record::Qemu(command)) => record_qemu::run(&cluster, *command, format).await,
         Command::Get(command) => get::run(&cluster, command, format).await,
         Command::Describe(command) => get::describe(&cluster, command, format).await,
+        Command::Delete(command) => recordings::delete(&cluster.store, command).await,
         Command::Events(command) => events::run(&cluster, command, format).await,
         Command::Replay(command) => replay::run(&cluster, command, format).await,
         Command::Hunt(command) => hunt::run(&cluster, command, format).await,

@@ -53,6 +53,9 @@ pub async fn run(cluster: &Cluster, command: RecordQemu, format: Format) -> Resu
     terminal.close();
     let recorded = recorded?;
     let is_kept = command.keep_if == "always" || recorded.exit_code != 0 || recorded.is_cut;
+    if !is_kept {
+        cluster.store.delete(recorded.id).await?;
+    }
     let summary = json!({
         "recording": command.name,
         "id": recorded.id,
@@ -63,6 +66,7 @@ pub async fn run(cluster: &Cluster, command: RecordQemu, format: Format) -> Resu
         "snapshots": recorded.snapshots,
         "exit_code": recorded.exit_code,
         "cut": recorded.is_cut,
+        "kept": is_kept,
         "seconds": began.elapsed().as_secs_f64(),
     });
     if !recorded.said.is_empty() {
@@ -78,7 +82,13 @@ pub async fn run(cluster: &Cluster, command: RecordQemu, format: Format) -> Resu
             output::grouped(recorded.end.event),
             recorded.snapshots,
             began.elapsed().as_secs_f64(),
-            if recorded.is_cut { "; QEMU did not end cleanly, so it is sealed as cut" } else { "" },
+            if !is_kept {
+                "; not kept, as it went well"
+            } else if recorded.is_cut {
+                "; QEMU did not end cleanly, so it is sealed as cut"
+            } else {
+                ""
+            },
         ),
     }
     Ok(if recorded.exit_code == 0 { OK } else { recorded.exit_code.to_le_bytes()[0].max(1) })

@@ -1,6 +1,7 @@
 //! Finding recordings by name or id, and reading their logs.
 
-use crate::exit::{CORRUPT, INCOMPATIBLE, NOTHING, coded};
+use crate::args::{Describe, Kind};
+use crate::exit::{CORRUPT, INCOMPATIBLE, NOTHING, OK, USAGE, coded};
 use anyhow::Result;
 use heddle_proto::manifest::ManifestError;
 use heddle_proto::{Event, Manifest, RecordingId, v1};
@@ -49,6 +50,17 @@ pub async fn find(store: &StoreClient, name: &str) -> Result<Recording> {
     let at = by_name.or_else(by_id);
     at.and_then(|at| list.into_iter().nth(at))
         .ok_or_else(|| coded(NOTHING, format!("no recording {name:?}; `heddle get recordings` lists them")))
+}
+
+/// Deletes a recording. Its blocks may be another's, too, and stay.
+pub async fn delete(store: &StoreClient, command: Describe) -> Result<u8> {
+    if command.kind != Kind::Recordings {
+        return Err(coded(USAGE, "only recordings can be deleted"));
+    }
+    let recording = find(store, &command.name).await?;
+    store.delete(recording.id()).await?;
+    eprintln!("deleted {} ({})", recording.manifest.name, recording.id().short());
+    Ok(OK)
 }
 
 /// All events of a recording, with the chain of chunks checked.

@@ -198,6 +198,22 @@ impl<'f> Qcow2<'f> {
         flush(run)?;
         Ok(bytes)
     }
+
+    /// Gives the disk space of a snapshot's VM state back. The snapshot stays, with
+    /// holes: deleting it would wait for the guest's requests, which can be for ever
+    /// while they are recorded. QEMU shares a VM state's clusters with nothing.
+    pub fn punch_vm_state(&self, snapshot: &Snapshot) -> Result<()> {
+        use rustix::fs::{FallocateFlags, fallocate};
+        let first = vm_state_table(self.guest_bytes, self.cluster) * (self.cluster / 8);
+        let count = snapshot.vm_state_bytes.div_ceil(self.cluster);
+        for (_, cluster) in self.clusters_from(snapshot, first, first + count)? {
+            if let Cluster::At(offset) = cluster {
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                fallocate(self.file, flags, offset, self.cluster).context("give disk space back")?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The first L1 entry of the VM state.

@@ -95,18 +95,27 @@ impl Qmp {
         Ok(answer["status"].as_str().unwrap_or_default().to_string())
     }
 
+    /// Saves the VM state under `name`; false if async events are queued, with which
+    /// QEMU refuses.
+    pub fn try_save(&mut self, name: &str) -> Result<bool> {
+        match self.human(&format!("savevm {name}"))?.as_str() {
+            "" => Ok(true),
+            said if said.contains("Try once more later") => Ok(false),
+            said => bail!("QEMU does not save its state: {said}"),
+        }
+    }
+
     /// Saves the VM state under `name`; tries again while async events are queued.
     pub fn save(&mut self, name: &str, limit: Duration) -> Result<()> {
         let until = Instant::now() + limit;
         loop {
-            let said = self.human(&format!("savevm {name}"))?;
-            match said.as_str() {
-                "" => return Ok(()),
-                said if said.contains("Try once more later") && Instant::now() < until => {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
-                said => bail!("QEMU does not save its state: {said}"),
+            if self.try_save(name)? {
+                return Ok(());
             }
+            if Instant::now() > until {
+                bail!("QEMU does not save its state: async events stay queued");
+            }
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 }

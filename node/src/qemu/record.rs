@@ -13,7 +13,7 @@ use crate::qemu::qcow2::Qcow2;
 use crate::qemu::qmp::Qmp;
 use crate::qemu::ring::{Mode, Ring};
 use crate::qemu::scratch::Scratch;
-use crate::qemu::snapshot::{Captured, Tracker, capture};
+use crate::qemu::snapshot::{Captured, Tracker, capture, discard};
 use crate::record::{AbortOnDrop, Console, Watermarks};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes;
@@ -39,9 +39,10 @@ const PUMP: Duration = Duration::from_millis(4);
 const CONNECT: Duration = Duration::from_secs(20);
 /// A QEMU that was told to quit and does not is killed: what it logged is here.
 const QUIT: Duration = Duration::from_secs(10);
-const SAVE: Duration = Duration::from_secs(10);
+/// How long a stopped guest's requests may take to come back before its state is saved.
+const SETTLE: Duration = Duration::from_millis(5);
 const CONSOLE_BYTES: usize = 16 << 10;
-/// How much of the log's tail counts as the bookkeeping of an end.
+/// Nobody asked for the end.
 const NO_STOP: u16 = u16::MAX;
 
 /// What to record.
@@ -383,6 +384,24 @@ impl Pump {
     }
 }
 
+/// Events that a dead node left in its ring, from event `from` on; whole ones only.
+pub(crate) fn left_in_ring(path: &Path, from: u64) -> Result<Vec<Event>> {
+    let mut ring = Ring::open(path)?;
+    let (offset, position) = (ring.taken(), ring.position()?);
+    // Before anything was given back, the log begins behind its header.
+    let offset = offset.max(HEADER_BYTES);
+    let mut pump = Pump::new(Decoder::new(ring.dialect()?, offset, position.icount), offset, position);
+    for (offset, thread) in ring.all_marks()? {
+        pump.marks.push(offset, thread);
+    }
+    let mut events = pump.take(&mut ring)?;
+    events.extend(pump.finish());
+    let known = from.checked_sub(position.event);
+    let known = known.with_context(|| format!("{} begins behind event {from}", path.display()))?;
+    events.drain(..(known as usize).min(events.len()));
+    Ok(events)
+}
+
 struct Done {
     end: Position,
     digest: Option<Hash>,
@@ -401,7 +420,6 @@ struct Driver {
 
 /// A state that was saved and is being taken apart on a thread of its own.
 struct Capturing {
-    name: String,
     thread: std::thread::JoinHandle<(Tracker, Result<Captured>)>,
     /// Keeps the ring from giving back what is needed to find its event.
     is_final: bool,
@@ -430,7 +448,6 @@ impl Driver {
             if capturing.as_ref().is_some_and(|capturing| capturing.thread.is_finished()) {
                 let finished = capturing.take().context("there is one")?;
                 let is_final = finished.is_final;
-                let name = finished.name.clone();
                 let digest = self.finish_capture(finished, &pump, &mut tracker)?;
                 done.snapshots += 1;
                 if is_final {
@@ -439,8 +456,6 @@ impl Driver {
                     let status = process.wait(QUIT)?.context("QEMU did not quit when told to")?;
                     break status;
                 }
-                // Its clusters are of no more use.
-                let _ = qmp.human(&format!("delvm {name}"));
             }
             if is_ending {
                 std::thread::sleep(PUMP);
@@ -457,33 +472,36 @@ impl Driver {
             }
             let wants_final = has_stopped || asked != NO_STOP;
             if (wants_final || pump.icount >= next_snapshot) && capturing.is_none() && !is_paused {
-                if asked != NO_STOP {
-                    qmp.command("stop", serde_json::json!({}))?;
-                }
+                // Stopped first, so that requests on their way to the disks come back: with
+                // one in the queue, QEMU refuses to save.
+                qmp.command("stop", serde_json::json!({}))?;
+                std::thread::sleep(SETTLE);
                 let name = format!("heddle-{saved}");
                 saved += 1;
-                match qmp.save(&name, SAVE) {
-                    Ok(()) => {}
-                    // The guest is in the middle of something: the next position will do.
-                    Err(_) if !wants_final => {
-                        next_snapshot = pump.icount + self.snapshot_every;
-                        continue;
-                    }
-                    Err(error) => return Err(error.context("save the last state")),
-                }
+                let is_saved = qmp.try_save(&name).context("save the guest's state")?;
                 self.pump(&mut pump, process, true)?;
+                if !wants_final || !is_saved {
+                    qmp.command("cont", serde_json::json!({}))?;
+                }
+                if !is_saved {
+                    std::thread::sleep(PUMP);
+                    continue;
+                }
                 next_snapshot =
                     (pump.icount / self.snapshot_every.max(1) + 1).saturating_mul(self.snapshot_every.max(1));
                 if self.snapshot_every == 0 {
                     next_snapshot = u64::MAX;
                 }
                 let mut tracker = tracker.take().context("one capture at a time")?;
-                let (vm_state, disks, of) = (scratch.vm_state(), scratch.overlays.clone(), name.clone());
+                let (vm_state, disks, of) = (scratch.vm_state(), scratch.overlays.clone(), name);
                 let thread = std::thread::spawn(move || {
                     let captured = capture(&mut tracker, &of, &vm_state, &disks);
+                    if let Err(error) = discard(&of, &vm_state) {
+                        tracing::warn!("a snapshot's disk space is not given back: {error:#}");
+                    }
                     (tracker, captured)
                 });
-                capturing = Some(Capturing { name, thread, is_final: wants_final });
+                capturing = Some(Capturing { thread, is_final: wants_final });
                 is_ending = wants_final;
             }
             std::thread::sleep(PUMP);

@@ -368,7 +368,7 @@ pub fn replay(span: &QemuSpan, build: &QemuBuild, control: &Control) -> Result<R
         End::Parked => {
             let qmp = connected(&mut started.process, &mut qmp)?;
             let (outcome, state) = judge_parked(qmp, &watch, &started.scratch)?;
-            captured = Some(state);
+            captured = state;
             outcome
         }
     };
@@ -455,35 +455,39 @@ fn follow(process: &mut Process, watch: &mut Watch, qmp: &mut Option<Qmp>, contr
     }
 }
 
-/// All events are handled: position first, then the digest.
-fn judge_parked(qmp: &mut Qmp, watch: &Watch, scratch: &Scratch) -> Result<(Outcome, Captured)> {
+/// All events are handled: position first, then the digest. Without a digest to
+/// compare, nothing is saved: async events may be queued, and stay so.
+fn judge_parked(qmp: &mut Qmp, watch: &Watch, scratch: &Scratch) -> Result<(Outcome, Option<Captured>)> {
     let span = watch.span;
     qmp.command("stop", serde_json::json!({}))?;
-    qmp.save(VM_STATE_CHECK, SAVE)?;
-    let captured = capture(&mut Tracker::default(), VM_STATE_CHECK, &scratch.vm_state(), &scratch.overlays)?;
-    let icount = captured.root.position.icount;
-    let pc = 0;
+    let icount = qmp.icount()?;
     if icount != span.to.icount {
         let found = Side { what: "parked".into(), role: None, icount };
-        let divergence = watch.divergence(watch.seen, DivergenceKind::WrongIcount, found, pc);
-        return Ok((Outcome::Diverged(Box::new(divergence)), captured));
+        let divergence = watch.divergence(watch.seen, DivergenceKind::WrongIcount, found, 0);
+        return Ok((Outcome::Diverged(Box::new(divergence)), None));
     }
-    match span.digest {
-        Some(digest) if digest != captured.digest() => {
-            let expected = Side { what: format!("digest {}", digest.short()), role: None, icount };
-            let found = Side { what: format!("digest {}", captured.digest().short()), role: None, icount };
-            let divergence = Divergence {
-                kind: DivergenceKind::State,
-                position: span.to,
-                expected,
-                found,
-                last_good: span.from,
-                pc,
-            };
-            Ok((Outcome::Diverged(Box::new(divergence)), captured))
-        }
-        _ => Ok((Outcome::Match, captured)),
+    let Some(digest) = span.digest else { return Ok((Outcome::Match, None)) };
+    let captured = save(qmp, scratch)?;
+    if digest == captured.digest() {
+        return Ok((Outcome::Match, Some(captured)));
     }
+    let expected = Side { what: format!("digest {}", digest.short()), role: None, icount };
+    let found = Side { what: format!("digest {}", captured.digest().short()), role: None, icount };
+    let divergence = Divergence {
+        kind: DivergenceKind::State,
+        position: span.to,
+        expected,
+        found,
+        last_good: span.from,
+        pc: 0,
+    };
+    Ok((Outcome::Diverged(Box::new(divergence)), Some(captured)))
+}
+
+/// Saves a stopped replay's state and takes it apart.
+pub fn save(qmp: &mut Qmp, scratch: &Scratch) -> Result<Captured> {
+    qmp.save(VM_STATE_CHECK, SAVE)?;
+    capture(&mut Tracker::default(), VM_STATE_CHECK, &scratch.vm_state(), &scratch.overlays)
 }
 
 /// The name under which a parked state is saved.

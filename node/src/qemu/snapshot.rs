@@ -147,6 +147,14 @@ pub fn capture(tracker: &mut Tracker, name: &str, vm_state: &Path, disks: &[Path
     Ok(Captured { root, blocks })
 }
 
+/// Gives back the disk space of a state that was captured.
+pub fn discard(name: &str, vm_state: &Path) -> Result<()> {
+    let file = File::options().read(true).write(true).open(vm_state);
+    let file = file.with_context(|| format!("open {}", vm_state.display()))?;
+    let container = Qcow2::open(&file)?;
+    container.punch_vm_state(&container.snapshot(name)?)
+}
+
 /// A disk's own clusters: index and hash of each, the data as blocks.
 fn disk_clusters(file: &File, name: &str, blocks: &mut Vec<(Hash, Bytes)>) -> Result<Vec<u8>> {
     let image = Qcow2::open(file)?;
