@@ -311,6 +311,10 @@ pub async fn recover(store: &StoreClient, dir: &Path) -> Vec<String> {
 fn aside(path: &Path, why: &str) -> String {
     let aside = path.with_extension("outbox.refused");
     let _ = std::fs::rename(path, &aside);
+    let ring = path.with_extension("ring");
+    if ring.exists() {
+        let _ = std::fs::rename(&ring, path.with_extension("ring.refused"));
+    }
     format!("{} is kept: {why}", aside.display())
 }
 

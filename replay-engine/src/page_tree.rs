@@ -90,6 +90,11 @@ impl PageTree {
         (pages, blocks)
     }
 
+    /// The hashes of all pages under this root.
+    pub fn leaves(pages: usize, root: Hash, source: &mut dyn BlockSource) -> Result<Vec<Hash>, String> {
+        PageTree::nodes(pages, root, source).map(|mut tree| std::mem::take(&mut tree.levels[0]))
+    }
+
     /// Rebuilds the tree with this root, and gives every page that is not zeros.
     pub fn restore(
         pages: usize,
@@ -97,6 +102,19 @@ impl PageTree {
         source: &mut dyn BlockSource,
         mut page: impl FnMut(u32, &[u8]) -> Result<(), String>,
     ) -> Result<PageTree, String> {
+        let tree = PageTree::nodes(pages, root, source)?;
+        let wanted: Vec<u32> = (0..pages as u32).filter(|page| tree.page(*page) != Hash::ZERO).collect();
+        for batch in wanted.chunks(FANOUT) {
+            let hashes: Vec<Hash> = batch.iter().map(|page| tree.page(*page)).collect();
+            for (index, bytes) in batch.iter().zip(source.blocks(&hashes)?) {
+                page(*index, &bytes)?;
+            }
+        }
+        Ok(tree)
+    }
+
+    /// The tree with this root, without its pages.
+    fn nodes(pages: usize, root: Hash, source: &mut dyn BlockSource) -> Result<PageTree, String> {
         let mut tree = PageTree::new(pages);
         let top = tree.levels.len() - 1;
         tree.levels[top][0] = root;
@@ -116,13 +134,6 @@ impl PageTree {
                         tree.levels[level - 1][from + i] = Hash(hash.try_into().expect("chunks of 32 bytes"));
                     }
                 }
-            }
-        }
-        let wanted: Vec<u32> = (0..pages as u32).filter(|page| tree.page(*page) != Hash::ZERO).collect();
-        for batch in wanted.chunks(FANOUT) {
-            let hashes: Vec<Hash> = batch.iter().map(|page| tree.page(*page)).collect();
-            for (index, bytes) in batch.iter().zip(source.blocks(&hashes)?) {
-                page(*index, &bytes)?;
             }
         }
         Ok(tree)

@@ -1,6 +1,7 @@
 //! Real QEMU: its processes, its files, its recordings and replays.
 
 pub mod builds;
+pub mod difference;
 pub mod process;
 pub mod qcow2;
 pub mod qmp;

@@ -11,7 +11,7 @@ use crate::qemu::builds::QemuBuild;
 use crate::qemu::process::{Launch, Process};
 use crate::qemu::qcow2::Qcow2;
 use crate::qemu::qmp::Qmp;
-use crate::qemu::ring::{Mode, Ring};
+use crate::qemu::ring::{Mode, Ring, Stage};
 use crate::qemu::scratch::Scratch;
 use crate::qemu::snapshot::{Captured, Tracker, capture, discard};
 use crate::record::{AbortOnDrop, Console, Watermarks};
@@ -28,7 +28,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::mpsc as threads;
@@ -39,6 +39,8 @@ const PUMP: Duration = Duration::from_millis(4);
 const CONNECT: Duration = Duration::from_secs(20);
 /// A QEMU that was told to quit and does not is killed: what it logged is here.
 const QUIT: Duration = Duration::from_secs(10);
+/// A QEMU whose monitor failed and that lives on after so long has another trouble.
+const GONE: Duration = Duration::from_secs(2);
 /// How long a stopped guest's requests may take to come back before its state is saved.
 const SETTLE: Duration = Duration::from_millis(5);
 const CONSOLE_BYTES: usize = 16 << 10;
@@ -418,116 +420,160 @@ struct Driver {
     snapshot_every: u64,
 }
 
-/// A state that was saved and is being taken apart on a thread of its own.
+/// A state that was saved and is being taken apart on a thread of its own. While it is,
+/// the ring gives nothing back: its place among the events is not known yet.
 struct Capturing {
     thread: std::thread::JoinHandle<(Tracker, Result<Captured>)>,
-    /// Keeps the ring from giving back what is needed to find its event.
-    is_final: bool,
+}
+
+/// A recording in progress.
+struct Course {
+    pump: Pump,
+    qmp: Qmp,
+    /// Away while a state is taken apart.
+    tracker: Option<Tracker>,
+    capturing: Option<Capturing>,
+    next_snapshot: u64,
+    is_paused: bool,
+    is_ending: bool,
+    stop_code: Option<u16>,
+    saved: u32,
+    digest: Option<Hash>,
+    snapshots: u64,
 }
 
 impl Driver {
     fn run(&self, process: &mut Process, scratch: &Scratch) -> Result<Done> {
-        let offset = HEADER_BYTES;
-        let dialect = process.ring.dialect()?;
-        let mut pump = Pump::new(Decoder::new(dialect, offset, 0), offset, Position::default());
-        let mut qmp = process.qmp(CONNECT)?;
-        let mut tracker = Some(Tracker::default());
-        let mut capturing: Option<Capturing> = None;
-        let mut done =
-            Done { end: Position::default(), digest: None, exit_code: 0, is_cut: false, snapshots: 0 };
-        let mut next_snapshot = if self.snapshot_every == 0 { u64::MAX } else { self.snapshot_every };
-        let mut is_paused = false;
-        let mut is_ending = false;
-        let mut stop_code = None;
-        let mut saved = 0u32;
+        let decoder = Decoder::new(process.ring.dialect()?, HEADER_BYTES, 0);
+        let mut course = Course {
+            pump: Pump::new(decoder, HEADER_BYTES, Position::default()),
+            qmp: process.qmp(CONNECT)?,
+            tracker: Some(Tracker::default()),
+            capturing: None,
+            next_snapshot: self.snapshot_after(0),
+            is_paused: false,
+            is_ending: false,
+            stop_code: None,
+            saved: 0,
+            digest: None,
+            snapshots: 0,
+        };
         let status = loop {
-            self.pump(&mut pump, process, capturing.is_some())?;
-            if let Some(status) = process.try_wait()? {
-                break status;
+            match self.step(&mut course, process, scratch) {
+                Ok(Some(status)) => break status,
+                Ok(None) => std::thread::sleep(PUMP),
+                // Its monitor fell silent because it was killed: what it logged is here.
+                Err(error) => break process.wait(GONE)?.ok_or(error)?,
             }
-            if capturing.as_ref().is_some_and(|capturing| capturing.thread.is_finished()) {
-                let finished = capturing.take().context("there is one")?;
-                let is_final = finished.is_final;
-                let digest = self.finish_capture(finished, &pump, &mut tracker)?;
-                done.snapshots += 1;
-                if is_final {
-                    done.digest = Some(digest);
-                    let _ = qmp.command("quit", serde_json::json!({}));
-                    let status = process.wait(QUIT)?.context("QEMU did not quit when told to")?;
-                    break status;
-                }
-            }
-            if is_ending {
-                std::thread::sleep(PUMP);
-                continue;
-            }
-            self.pause_if_full(&mut qmp, &mut is_paused)?;
-            let asked = self.stop.load(Ordering::Relaxed);
-            let has_stopped = pump.has_shutdown && {
-                pump.has_shutdown = false;
-                !matches!(qmp.status().as_deref(), Ok("running" | "paused"))
-            };
-            if asked != NO_STOP {
-                stop_code = Some(asked);
-            }
-            let wants_final = has_stopped || asked != NO_STOP;
-            if (wants_final || pump.icount >= next_snapshot) && capturing.is_none() && !is_paused {
-                // Stopped first, so that requests on their way to the disks come back: with
-                // one in the queue, QEMU refuses to save.
-                qmp.command("stop", serde_json::json!({}))?;
-                std::thread::sleep(SETTLE);
-                let name = format!("heddle-{saved}");
-                saved += 1;
-                let is_saved = qmp.try_save(&name).context("save the guest's state")?;
-                self.pump(&mut pump, process, true)?;
-                if !wants_final || !is_saved {
-                    qmp.command("cont", serde_json::json!({}))?;
-                }
-                if !is_saved {
-                    std::thread::sleep(PUMP);
-                    continue;
-                }
-                next_snapshot =
-                    (pump.icount / self.snapshot_every.max(1) + 1).saturating_mul(self.snapshot_every.max(1));
-                if self.snapshot_every == 0 {
-                    next_snapshot = u64::MAX;
-                }
-                let mut tracker = tracker.take().context("one capture at a time")?;
-                let (vm_state, disks, of) = (scratch.vm_state(), scratch.overlays.clone(), name);
-                let thread = std::thread::spawn(move || {
-                    let captured = capture(&mut tracker, &of, &vm_state, &disks);
-                    if let Err(error) = discard(&of, &vm_state) {
-                        tracing::warn!("a snapshot's disk space is not given back: {error:#}");
-                    }
-                    (tracker, captured)
-                });
-                capturing = Some(Capturing { thread, is_final: wants_final });
-                is_ending = wants_final;
-            }
-            std::thread::sleep(PUMP);
         };
-        self.pump(&mut pump, process, false)?;
-        if let Some(last) = capturing {
-            let is_final = last.is_final;
-            let digest = self.finish_capture(last, &pump, &mut tracker)?;
-            done.snapshots += 1;
-            done.digest = is_final.then_some(digest);
+        self.finish(course, process, status)
+    }
+
+    /// One look at everything; QEMU's end, if it has come.
+    fn step(
+        &self,
+        course: &mut Course,
+        process: &mut Process,
+        scratch: &Scratch,
+    ) -> Result<Option<ExitStatus>> {
+        self.pump(&mut course.pump, process, course.capturing.is_some())?;
+        if let Some(status) = process.try_wait()? {
+            return Ok(Some(status));
         }
-        self.chunker.push(pump.finish());
+        if course.capturing.as_ref().is_some_and(|capturing| capturing.thread.is_finished()) {
+            self.finish_capture(course)?;
+            if course.is_ending {
+                let _ = course.qmp.command("quit", serde_json::json!({}));
+                let status = process.wait(QUIT)?.context("QEMU did not quit when told to")?;
+                return Ok(Some(status));
+            }
+        }
+        if course.is_ending {
+            return Ok(None);
+        }
+        self.pause_if_full(&mut course.qmp, &mut course.is_paused)?;
+        let asked = self.stop.load(Ordering::Relaxed);
+        course.stop_code = (asked != NO_STOP).then_some(asked);
+        let has_stopped = std::mem::take(&mut course.pump.has_shutdown)
+            && !matches!(course.qmp.status()?.as_str(), "running" | "paused");
+        let wants_final = has_stopped || asked != NO_STOP;
+        let is_due = wants_final || course.pump.icount >= course.next_snapshot;
+        if is_due && course.capturing.is_none() && (wants_final || !course.is_paused) {
+            self.save(course, process, scratch, wants_final)?;
+            // Whatever else becomes of it, this shutdown was seen.
+            course.pump.has_shutdown |= has_stopped && !course.is_ending;
+        } else {
+            course.pump.has_shutdown |= has_stopped;
+        }
+        Ok(None)
+    }
+
+    fn save(
+        &self,
+        course: &mut Course,
+        process: &mut Process,
+        scratch: &Scratch,
+        is_final: bool,
+    ) -> Result<()> {
+        // Stopped first, so that requests on their way to the disks come back: with
+        // one in the queue, QEMU refuses to save.
+        course.qmp.command("stop", serde_json::json!({}))?;
+        std::thread::sleep(SETTLE);
+        let name = format!("heddle-{}", course.saved);
+        let is_saved = course.qmp.try_save(&name).context("save the guest's state")?;
+        self.pump(&mut course.pump, process, true)?;
+        if !is_final || !is_saved {
+            course.qmp.command("cont", serde_json::json!({}))?;
+        }
+        if !is_saved {
+            return Ok(());
+        }
+        course.saved += 1;
+        course.next_snapshot = self.snapshot_after(course.pump.icount);
+        course.is_ending = is_final;
+        let mut tracker = course.tracker.take().context("one capture at a time")?;
+        let (vm_state, disks) = (scratch.vm_state(), scratch.overlays.clone());
+        let thread = std::thread::spawn(move || {
+            let captured = capture(&mut tracker, &name, &vm_state, &disks);
+            if let Err(error) = discard(&name, &vm_state) {
+                tracing::warn!("a snapshot's disk space is not given back: {error:#}");
+            }
+            (tracker, captured)
+        });
+        course.capturing = Some(Capturing { thread });
+        Ok(())
+    }
+
+    fn snapshot_after(&self, icount: u64) -> u64 {
+        match self.snapshot_every {
+            0 => u64::MAX,
+            every => (icount / every + 1).saturating_mul(every),
+        }
+    }
+
+    fn finish(&self, mut course: Course, process: &mut Process, status: ExitStatus) -> Result<Done> {
+        self.pump(&mut course.pump, process, course.capturing.is_some())?;
+        if course.capturing.is_some() {
+            // QEMU may have been killed in the middle of saving it.
+            if let Err(error) = self.finish_capture(&mut course) {
+                tracing::warn!("the last snapshot is lost: {error:#}");
+            }
+        }
+        self.chunker.push(course.pump.finish());
         self.chunker.flush(true);
-        done.end = pump.position();
-        self.watermarks.icount.store(done.end.icount, Ordering::Relaxed);
-        let closed = process.ring.stage()? == crate::qemu::ring::Stage::Closed;
-        done.is_cut = !closed;
-        done.exit_code = match (status.code(), status.signal()) {
+        let end = course.pump.position();
+        self.watermarks.icount.store(end.icount, Ordering::Relaxed);
+        let exit_code = match (status.code(), status.signal()) {
             (Some(code), _) => code as u16,
-            (None, Some(signal)) => 128 + signal as u16,
-            _ => 1,
+            (None, signal) => 128 + signal.unwrap_or(0) as u16,
         };
-        if let Some(code) = stop_code {
-            done.exit_code = code;
-        }
-        Ok(done)
+        Ok(Done {
+            end,
+            digest: course.digest.filter(|_| course.is_ending),
+            exit_code: course.stop_code.unwrap_or(exit_code),
+            is_cut: process.ring.stage()? != Stage::Closed,
+            snapshots: course.snapshots,
+        })
     }
 
     fn pump(&self, pump: &mut Pump, process: &mut Process, keeps_ends: bool) -> Result<()> {
@@ -555,22 +601,21 @@ impl Driver {
         Ok(())
     }
 
-    fn finish_capture(
-        &self,
-        capturing: Capturing,
-        pump: &Pump,
-        tracker: &mut Option<Tracker>,
-    ) -> Result<Hash> {
+    fn finish_capture(&self, course: &mut Course) -> Result<()> {
+        let capturing = course.capturing.take().context("there is one")?;
         let (returned, captured) =
             capturing.thread.join().map_err(|_| anyhow!("taking a snapshot panicked"))?;
-        *tracker = Some(returned);
+        course.tracker = Some(returned);
         let captured = captured.context("take the snapshot apart")?;
-        let event = pump.event_at(captured.root.log_offset).context("the snapshot stands outside the log")?;
+        let event = course.pump.event_at(captured.root.log_offset);
+        let event = event.context("the snapshot stands outside the log")?;
         let (icount, digest) = (captured.root.position.icount, captured.digest());
         let (root, blocks) = captured.finish(event);
         let row =
             v1::SnapshotRow { icount, event, root: root.to_vec().into(), digest: digest.to_vec().into() };
         self.snapshots.push(NewSnapshot { blocks, row });
-        Ok(digest)
+        course.digest = Some(digest);
+        course.snapshots += 1;
+        Ok(())
     }
 }

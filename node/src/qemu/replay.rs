@@ -3,6 +3,7 @@
 
 use crate::blocks::BlockCache;
 use crate::qemu::builds::QemuBuild;
+use crate::qemu::difference::difference;
 use crate::qemu::process::{Launch, Process, VM_STATE};
 use crate::qemu::qmp::Qmp;
 use crate::qemu::ring::Mode;
@@ -10,19 +11,21 @@ use crate::qemu::scratch::{Contents, Scratch};
 use crate::qemu::snapshot::{Captured, Root, Tracker, capture, read_root};
 use crate::replay::{Control, Replayed};
 use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
 use heddle_proto::qemu::QemuSpec;
 use heddle_proto::verdict::{Proof, Side, TaskResult};
 use heddle_proto::{
     Body, Divergence, DivergenceKind, Event, Hash, Manifest, Outcome, Position, QemuEvent, RecordingId, Role,
     Verdict, v1,
 };
+use heddle_replay_engine::page_tree::BlockSource;
 use heddle_replay_engine::qemu::command;
 use heddle_replay_engine::qemu::feed::{Feed, FeedBounds, feed, header};
 use heddle_replay_engine::qemu::log::{self, HEADER_BYTES};
 use heddle_replay_engine::qemu::roles::{Marks, is_pinned};
 use heddle_replay_engine::qemu::vmstate::COVERAGE;
 use heddle_storage::StoreClient;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -40,6 +43,8 @@ const STALL: Duration = Duration::from_secs(8);
 /// What QEMU reads before it loads a snapshot: the machine's start, and one event ahead.
 const PROLOGUE_BYTES: usize = 4096;
 const CONSOLE_BYTES_MAX: u64 = 64 << 20;
+/// How many differences a divergence names.
+const DIFFERENCES_SHOWN: usize = 8;
 
 /// All that a span's replay needs, fetched.
 #[derive(Clone)]
@@ -59,6 +64,8 @@ pub struct QemuSpan {
     pub to: Position,
     /// The digest there.
     pub digest: Option<Hash>,
+    /// The snapshot there.
+    pub end: Option<Hash>,
     /// Whether it reaches the recording's end.
     pub is_last: bool,
     blocks: BlockCache,
@@ -98,6 +105,8 @@ impl QemuSpan {
             }
             (true, None) => (Position { icount: row.committed_icount, event: row.committed_events }, None),
         };
+        let end = row.snapshots.iter().find(|at| at.icount == to.icount && at.event == to.event);
+        let end = end.map(|at| Hash::from_slice(&at.root)).transpose()?;
         let events = read_events(store, id, bounds.from_event, to.event).await?;
         let start = if bounds.snapshot_root.is_empty() {
             None
@@ -129,6 +138,7 @@ impl QemuSpan {
             from,
             to,
             digest,
+            end,
             is_last,
             blocks: blocks.clone(),
         })
@@ -137,6 +147,14 @@ impl QemuSpan {
     /// The recording's emulator.
     pub fn spec(&self) -> Result<&QemuSpec> {
         self.manifest.qemu().context("the recording is not QEMU's")
+    }
+
+    /// What a state differs in from the snapshot at the span's end, for people.
+    fn differs_from_end(&self, captured: &Captured) -> Result<Vec<String>> {
+        let mut source =
+            Overlay { blocks: captured.blocks.iter().cloned().collect(), below: self.blocks.clone() };
+        let end = read_root(self.end.context("the snapshot at the end is not known")?, &mut source)?;
+        Ok(difference(&end, &captured.root, &mut source)?.lines(DIFFERENCES_SHOWN))
     }
 
     /// What QEMU is fed.
@@ -172,10 +190,7 @@ impl QemuSpan {
         let spec = self.spec()?;
         let feed = self.feed()?;
         let mut source = self.blocks.clone();
-        let root = self
-            .start
-            .as_ref()
-            .map(|root| (root, &mut source as &mut dyn heddle_replay_engine::page_tree::BlockSource));
+        let root = self.start.as_ref().map(|root| (root, &mut source as &mut dyn BlockSource));
         let scratch = Scratch::of_store(spec, &self.contents, root)?;
         let log = scratch.path().join("log");
         self.write_log(&log, &feed)?;
@@ -199,6 +214,29 @@ impl QemuSpan {
             extra: run.extra.clone(),
         })?;
         Ok(Started { process, scratch, feed })
+    }
+}
+
+/// Blocks of a state that was just captured, before those of the store.
+pub struct Overlay {
+    /// The captured ones.
+    pub blocks: HashMap<Hash, Bytes>,
+    /// The store's.
+    pub below: BlockCache,
+}
+
+impl BlockSource for Overlay {
+    fn blocks(&mut self, hashes: &[Hash]) -> Result<Vec<Vec<u8>>, String> {
+        let missing: Vec<Hash> =
+            hashes.iter().filter(|hash| !self.blocks.contains_key(hash)).copied().collect();
+        let below: HashMap<Hash, Vec<u8>> = if missing.is_empty() {
+            HashMap::new()
+        } else {
+            missing.iter().copied().zip(self.below.blocks(&missing)?).collect()
+        };
+        let one =
+            |hash: &Hash| self.blocks.get(hash).map(|b| b.to_vec()).or_else(|| below.get(hash).cloned());
+        hashes.iter().map(|hash| one(hash).ok_or_else(|| format!("block {hash} is missing"))).collect()
     }
 }
 
@@ -471,8 +509,10 @@ fn judge_parked(qmp: &mut Qmp, watch: &Watch, scratch: &Scratch) -> Result<(Outc
     if digest == captured.digest() {
         return Ok((Outcome::Match, Some(captured)));
     }
+    let differs = span.differs_from_end(&captured).unwrap_or_else(|error| vec![format!("{error:#}")]);
     let expected = Side { what: format!("digest {}", digest.short()), role: None, icount };
-    let found = Side { what: format!("digest {}", captured.digest().short()), role: None, icount };
+    let what = format!("digest {}, differs in {}", captured.digest().short(), differs.join(", "));
+    let found = Side { what, role: None, icount };
     let divergence = Divergence {
         kind: DivergenceKind::State,
         position: span.to,

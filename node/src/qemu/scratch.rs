@@ -4,6 +4,7 @@ use crate::qemu::snapshot::{Root, restore, write_empty, write_overlay};
 use anyhow::{Context, Result};
 use heddle_proto::qemu::QemuSpec;
 use heddle_replay_engine::page_tree::BlockSource;
+use heddle_replay_engine::qemu::command;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tempfile::TempDir;
@@ -43,7 +44,10 @@ impl Scratch {
 
     /// For a recording: the user's own files are read where they are.
     pub fn of_user(spec: &QemuSpec, files: Vec<PathBuf>, bases: Vec<PathBuf>) -> Result<Scratch> {
-        let scratch = Scratch { files, bases, ..Scratch::new(spec)? };
+        let scratch = Scratch::new(spec)?;
+        for (link, original) in scratch.files.iter().zip(&files).chain(scratch.bases.iter().zip(&bases)) {
+            std::os::unix::fs::symlink(original, link).with_context(|| format!("link {}", link.display()))?;
+        }
         scratch.power_on(spec)?;
         Ok(scratch)
     }
@@ -92,9 +96,12 @@ impl Scratch {
         self.path().join("vm-state")
     }
 
-    /// The recorded part of the command line, here.
+    /// The recorded part of the command line, relative to this directory: a guest can see
+    /// a file's name (multiboot passes it on), so it must be the same everywhere.
     pub fn arguments(&self, spec: &QemuSpec) -> Result<Vec<String>> {
-        use heddle_replay_engine::qemu::command;
-        Ok(command::arguments(spec, &self.files, &self.overlays, self.path())?)
+        let name = |path: &PathBuf| PathBuf::from(path.file_name().unwrap_or_default());
+        let files: Vec<PathBuf> = self.files.iter().map(name).collect();
+        let overlays: Vec<PathBuf> = self.overlays.iter().map(name).collect();
+        Ok(command::arguments(spec, &files, &overlays, Path::new("."))?)
     }
 }

@@ -28,7 +28,7 @@ const BLOB_BYTES_MAX: u64 = 256 << 20;
 
 /// Bytes in blocks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Blob {
+pub(crate) struct Blob {
     bytes: u64,
     blocks: Vec<Hash>,
 }
@@ -47,10 +47,10 @@ pub struct Root {
     pub ram: Vec<(String, u64, Hash)>,
     /// A hash for each device, vCPU and disk.
     pub leaves: BTreeMap<String, Hash>,
-    head: Vec<u8>,
-    ram_header: Vec<u8>,
-    rest: Blob,
-    description: Blob,
+    pub(crate) head: Vec<u8>,
+    pub(crate) ram_header: Vec<u8>,
+    pub(crate) rest: Blob,
+    pub(crate) description: Blob,
     disks: Vec<Blob>,
 }
 
@@ -188,7 +188,7 @@ pub fn read_root(hash: Hash, source: &mut dyn BlockSource) -> Result<Root> {
     Ok(root)
 }
 
-fn get_blob(blob: &Blob, source: &mut dyn BlockSource) -> Result<Vec<u8>> {
+pub(crate) fn get_blob(blob: &Blob, source: &mut dyn BlockSource) -> Result<Vec<u8>> {
     ensure!(blob.bytes <= BLOB_BYTES_MAX, "a part of the snapshot claims {} bytes", blob.bytes);
     let mut bytes = Vec::with_capacity(blob.bytes as usize);
     for part in blob.blocks.chunks(64) {
