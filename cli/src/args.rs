@@ -63,6 +63,8 @@ pub enum Command {
     Replay(Replay),
     /// Find the first divergence of a recording from its log, or of another build from it.
     Hunt(Hunt),
+    /// Make snapshots of a QEMU recording with a replay, so that it replays in parallel.
+    Index(Index),
     /// Compare two recordings' logs, without a replay.
     Diff(Diff),
     /// Print a shell's completions.
@@ -356,6 +358,25 @@ pub struct Hunt {
     /// The build to compare; without it, the recorded one against its own log.
     #[arg(long, value_name = "BUILD")]
     pub against: Option<String>,
+    /// QEMU: put another file in place of one of the recording's, by its name there.
+    #[arg(long, value_name = "NAME=FILE")]
+    pub with: Vec<String>,
+    /// QEMU: feed this recording's log instead.
+    #[arg(long, value_name = "RECORDING")]
+    pub log: Option<String>,
+    /// Give up after so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<u64>,
+}
+
+/// `heddle index`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct Index {
+    /// The recording.
+    pub recording: String,
+    /// How many snapshots to make, spread so that the parts cost the same to replay.
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=512))]
+    pub snapshots: u32,
     /// Give up after so many seconds.
     #[arg(long, value_name = "SECONDS")]
     pub timeout: Option<u64>,

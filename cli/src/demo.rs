@@ -174,6 +174,7 @@ impl Demonstration {
             recording: recording.id().to_vec().into(),
             spans,
             against: String::new(),
+            ..Default::default()
         };
         let began = Instant::now();
         let job = run_job(client, request, Some(PATIENCE.as_secs()), Format::Name).await?;
@@ -227,6 +228,7 @@ impl Demonstration {
             recording: recording.id().to_vec().into(),
             spans: 2,
             against: String::new(),
+            ..Default::default()
         };
         let began = Instant::now();
         let waiting = run_job(client, request, Some(PATIENCE.as_secs()), Format::Name);
@@ -276,6 +278,7 @@ impl Demonstration {
             recording: recording.id().to_vec().into(),
             spans: 0,
             against: build.to_string(),
+            ..Default::default()
         };
         let began = Instant::now();
         let job = run_job(client, request, Some(PATIENCE.as_secs()), Format::Name).await?;

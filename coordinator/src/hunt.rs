@@ -65,7 +65,7 @@ fn after_spans(job: &mut Job) {
             for task in job.tasks.iter_mut().skip(bad + 1).filter(|task| !task.has_ended()) {
                 task.state = TaskState::Dropped;
             }
-            if job.against == job.build {
+            if job.is_unchanged() {
                 return repeat(job);
             }
             let mut span = job.tasks[bad].span.clone();
@@ -75,7 +75,7 @@ fn after_spans(job: &mut Job) {
             job.tasks.push(Task::new(Work::Lockstep, NARROWING, span));
             job.phase = NARROWING.into();
         }
-        None if all_ended && job.against == job.build => finish(job),
+        None if all_ended && job.is_unchanged() => finish(job),
         None if all_ended => {
             let spans: Vec<Span> = of_phase(job, SPANS).map(|(_, task)| task.span.clone()).collect();
             job.tasks.extend(spans.into_iter().map(|span| Task::new(Work::Trace, TRACING, span)));
@@ -123,7 +123,7 @@ fn instructions(task: &Task) -> u64 {
     match &task.result {
         Some(TaskResult::Replay(verdict)) => verdict.instructions,
         Some(TaskResult::Lockstep { replayed_instructions, .. }) => *replayed_instructions,
-        None => 0,
+        Some(TaskResult::Index { .. }) | None => 0,
     }
 }
 

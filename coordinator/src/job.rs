@@ -12,6 +12,8 @@ pub enum JobKind {
     Replay,
     /// Find the first divergence.
     Hunt,
+    /// Make snapshots.
+    Index,
 }
 
 /// How far a job is.
@@ -39,6 +41,12 @@ pub struct Job {
     pub build: String,
     /// The build to replay with.
     pub against: String,
+    /// What else differs on the other side, for the nodes.
+    #[serde(default)]
+    pub side_b: Vec<u8>,
+    /// Snapshots to make.
+    #[serde(default)]
+    pub snapshots: u32,
     /// How far it is.
     pub state: JobState,
     /// What a hunt is doing.
@@ -80,6 +88,8 @@ pub enum TaskState {
 pub enum Work {
     /// Replay with `against`.
     Replay,
+    /// Make snapshots.
+    Index,
     /// Compare the recorded build with `against`, coarse to fine.
     Lockstep,
     /// The same, after every instruction.
@@ -145,6 +155,13 @@ impl Span {
             to_event: self.to_event,
             to_digest: self.to_digest.clone().into(),
         }
+    }
+}
+
+impl Job {
+    /// Whether the recording is replayed as it was recorded.
+    pub fn is_unchanged(&self) -> bool {
+        self.against == self.build && self.side_b.is_empty()
     }
 }
 

@@ -138,7 +138,12 @@ impl Scheduler {
                 job: job.id.clone(),
                 index: index as u32,
                 attempt: task.attempt,
-                kind: if task.work == Work::Replay { "replay" } else { "lockstep" }.into(),
+                kind: match task.work {
+                    Work::Replay => "replay",
+                    Work::Index => "index",
+                    Work::Lockstep | Work::Trace => "lockstep",
+                }
+                .into(),
                 recording: job.recording.to_vec().into(),
                 build,
                 against,
@@ -146,6 +151,8 @@ impl Scheduler {
                 roles: plan::roles(),
                 epoch,
                 every_instruction: task.work == Work::Trace,
+                side_b: job.side_b.clone().into(),
+                snapshots: job.snapshots,
             });
         }
         None
@@ -236,7 +243,16 @@ impl Scheduler {
                     job.outcome = if all_match { "match" } else { "diverged" }.into();
                     job.state = JobState::Done;
                 }
-                JobKind::Replay => {}
+                JobKind::Index if job.tasks.iter().all(Task::has_ended) => {
+                    let made = job.tasks.iter().filter_map(|task| match &task.result {
+                        Some(TaskResult::Index { snapshots }) => Some(snapshots.clone()),
+                        _ => None,
+                    });
+                    job.result = serde_json::json!({ "snapshots": made.flatten().collect::<Vec<_>>() });
+                    job.outcome = "match".into();
+                    job.state = JobState::Done;
+                }
+                JobKind::Replay | JobKind::Index => {}
             }
         }
         if job.state != JobState::Running {

@@ -191,14 +191,20 @@ impl Coordinator {
             "replay" => (JobKind::Replay, request.spans.max(1) as usize),
             // Every snapshot is a border: the more spans, the nearer the first bad one begins.
             "hunt" => (JobKind::Hunt, row.snapshots.len() + 1),
+            "index" if manifest.qemu().is_none() => {
+                return Err(Status::failed_precondition("the built-in machine records its snapshots itself"));
+            }
+            "index" => (JobKind::Index, 1),
             other => return Err(Status::invalid_argument(format!("no jobs of kind {other:?}"))),
         };
-        let spans = plan::spans(&row, spans.min(SPANS_MAX));
+        let event_cost = if manifest.qemu().is_some() { plan::QEMU_EVENT_COST } else { 0 };
+        let spans = plan::spans(&row, spans.min(SPANS_MAX), event_cost);
         let tasks = match kind {
             JobKind::Replay => {
                 spans.into_iter().map(|span| Task::new(Work::Replay, hunt::SPANS, span)).collect()
             }
             JobKind::Hunt => hunt::tasks(spans),
+            JobKind::Index => spans.into_iter().map(|span| Task::new(Work::Index, "index", span)).collect(),
         };
         let against = if request.against.is_empty() { manifest.build.clone() } else { request.against };
         Ok(Job {
@@ -207,6 +213,8 @@ impl Coordinator {
             recording: id,
             build: manifest.build,
             against,
+            side_b: request.side_b.to_vec(),
+            snapshots: request.snapshots.min(SPANS_MAX as u32),
             state: JobState::Running,
             phase: hunt::SPANS.into(),
             tasks,

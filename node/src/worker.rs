@@ -3,7 +3,7 @@
 use crate::blocks::BlockCache;
 use crate::qemu;
 use crate::qemu::builds::{self, QemuBuild};
-use crate::qemu::replay::QemuSpan;
+use crate::qemu::task::Means;
 use crate::replay::{Control, Span, lockstep, replay};
 use anyhow::{Context, Result, bail, ensure};
 use heddle_proto::v1::coordinator_client::CoordinatorClient;
@@ -158,38 +158,19 @@ impl Worker {
 
     async fn execute(&self, task: &v1::Task, control: Control) -> Result<TaskResult> {
         check_roles(&task.roles)?;
+        if task.build.starts_with(builds::PREFIX) {
+            let (store, blocks) = (self.store.clone(), self.blocks.clone());
+            let means = Means { store, blocks, builds: self.config.qemu.clone() };
+            return qemu::task::run(&means, task, control).await;
+        }
         let id = RecordingId::from_slice(&task.recording)?;
         let span = task.span.clone().context("the task names no span")?;
-        if task.build.starts_with(builds::PREFIX) {
-            return self.execute_qemu(task, id, span, control).await;
-        }
         let build = self.allowed(if task.against.is_empty() { &task.build } else { &task.against })?;
         let span = Span::fetch(&self.store, &self.blocks, id, span).await?;
         match task.kind.as_str() {
             "replay" => Ok(replay(span, build, control).await?.result),
             "lockstep" => lockstep(span, build, task.every_instruction, control).await,
             other => bail!("this node does not know tasks of kind {other:?}"),
-        }
-    }
-
-    async fn execute_qemu(
-        &self,
-        task: &v1::Task,
-        id: RecordingId,
-        span: v1::SpanBounds,
-        control: Control,
-    ) -> Result<TaskResult> {
-        let name = if task.against.is_empty() { &task.build } else { &task.against };
-        let build = self.config.qemu.iter().find(|build| build.name == *name).cloned();
-        let build = build.with_context(|| format!("this node does not offer {name}"))?;
-        let span = QemuSpan::fetch(&self.store, &self.blocks, id, span).await?;
-        match task.kind.as_str() {
-            "replay" => {
-                let replayed =
-                    tokio::task::spawn_blocking(move || qemu::replay::replay(&span, &build, &control));
-                Ok(replayed.await??.result)
-            }
-            other => bail!("this node does not know tasks of kind {other:?} for QEMU"),
         }
     }
 

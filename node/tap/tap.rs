@@ -16,6 +16,11 @@
 //! it was given, byte for byte, and only says how far it is and on which thread.
 //! QEMU serialises all access to the log with its replay lock; the tap relies on that.
 //!
+//! In a replay the tap also keeps the main loop asleep, in the poll where it holds no
+//! lock, while the log has work for the vCPU thread alone: QEMU's two threads would
+//! otherwise take turns at every event. The ranges of the log where that is so come from
+//! the node, as pairs of offsets in the file that HEDDLE_TAP_HOLDS names.
+//!
 //! No dependency but the C library. Nothing here may allocate or fail on the hot path.
 
 use std::cell::Cell;
@@ -39,6 +44,7 @@ unsafe extern "C" {
     fn prctl(option: c_int, ...) -> c_int;
     fn usleep(microseconds: u32) -> c_int;
     fn kill(pid: c_int, signal: c_int) -> c_int;
+    fn syscall(number: c_long, ...) -> c_long;
     fn _exit(code: c_int) -> !;
     fn strcmp(a: *const c_char, b: *const c_char) -> c_int;
 }
@@ -54,6 +60,21 @@ const MAP_SHARED: c_int = 1;
 const EOF: c_int = -1;
 const VERSION: u32 = 1;
 const PAGE: usize = 4096;
+
+#[cfg(target_arch = "x86_64")]
+const SYS_FUTEX: c_long = 202;
+#[cfg(not(target_arch = "x86_64"))]
+const SYS_FUTEX: c_long = 98;
+const FUTEX_WAIT_PRIVATE: c_int = 128;
+const FUTEX_WAKE_PRIVATE: c_int = 129;
+/// A range in which nothing moves for so long is left: somebody may want to ask something.
+static HOLD: Timespec = Timespec { seconds: 0, nanoseconds: 200_000_000 };
+
+#[repr(C)]
+struct Timespec {
+    seconds: c_long,
+    nanoseconds: c_long,
+}
 
 const MODE_RECORD: u32 = 1;
 /// The library was loaded.
@@ -73,6 +94,13 @@ static MAP_BYTES: AtomicU64 = AtomicU64::new(0);
 static AT: AtomicU64 = AtomicU64::new(0);
 static END: AtomicU64 = AtomicU64::new(0);
 static IS_AT_EOF: AtomicU32 = AtomicU32::new(0);
+/// Ranges of the log that are the vCPU thread's alone, and the first not yet passed.
+static HOLDS: AtomicPtr<u64> = AtomicPtr::new(null_mut());
+static HOLD_COUNT: AtomicU64 = AtomicU64::new(0);
+static HOLD_NEXT: AtomicU64 = AtomicU64::new(0);
+/// The offset at which the sleeping main loop is woken; the futex it sleeps on.
+static WAKE_AT: AtomicU64 = AtomicU64::new(u64::MAX);
+static SLEEPER: AtomicU32 = AtomicU32::new(0);
 /// The last mark: where the next byte of the same thread would need none.
 static MARKED: AtomicU64 = AtomicU64::new(u64::MAX);
 static MARKED_NEXT: AtomicU64 = AtomicU64::new(u64::MAX);
@@ -240,6 +268,74 @@ fn map_log(path: *const c_char) -> bool {
     true
 }
 
+/// Maps the ranges that are the vCPU thread's alone, if the node has any.
+fn map_holds() {
+    // SAFETY: names are terminated; the mapping is checked before it is used.
+    unsafe {
+        let path = getenv(c"HEDDLE_TAP_HOLDS".as_ptr());
+        if path.is_null() {
+            return;
+        }
+        let fd = open64(path, 0);
+        let bytes = lseek64(fd, 0, 2);
+        let map = mmap64(null_mut(), bytes.max(1) as usize, PROT_READ, MAP_SHARED, fd, 0);
+        close(fd);
+        if map as isize != -1 {
+            HOLDS.store(map.cast(), Ordering::Relaxed);
+            HOLD_COUNT.store(bytes.max(0) as u64 / 16, Ordering::Release);
+        }
+    }
+}
+
+/// Sleeps while the log's place is in a range that is the vCPU thread's alone.
+fn hold() {
+    let count = HOLD_COUNT.load(Ordering::Acquire);
+    let mut next = HOLD_NEXT.load(Ordering::Relaxed);
+    loop {
+        let at = AT.load(Ordering::SeqCst);
+        // SAFETY: `next` is below the number of mapped pairs.
+        let range = |next: u64| unsafe {
+            let pair = HOLDS.load(Ordering::Relaxed).add(next as usize * 2);
+            (*pair, *pair.add(1))
+        };
+        while next < count && range(next).1 < at {
+            next += 1;
+        }
+        HOLD_NEXT.store(next, Ordering::Relaxed);
+        if next >= count || at <= range(next).0 {
+            return;
+        }
+        SLEEPER.store(1, Ordering::SeqCst);
+        WAKE_AT.store(range(next).1, Ordering::SeqCst);
+        if AT.load(Ordering::SeqCst) <= range(next).1 {
+            // SAFETY: the futex word and the time live as long as the call.
+            unsafe { syscall(SYS_FUTEX, SLEEPER.as_ptr(), FUTEX_WAIT_PRIVATE, 1, &raw const HOLD) };
+        }
+        WAKE_AT.store(u64::MAX, Ordering::SeqCst);
+        if AT.load(Ordering::SeqCst) == at {
+            return;
+        }
+    }
+}
+
+/// The main loop's poll. It holds no lock here.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ppoll(
+    fds: *mut c_void,
+    count: std::ffi::c_ulong,
+    time: *const c_void,
+    signals: *const c_void,
+) -> c_int {
+    if HOLD_COUNT.load(Ordering::Relaxed) > 0 && thread() == 1 {
+        hold();
+    }
+    next!(
+        c"ppoll",
+        fn(*mut c_void, std::ffi::c_ulong, *const c_void, *const c_void) -> c_int,
+        fds, count, time, signals
+    )
+}
+
 /// Opens a file; the log is opened as a real stream whose bytes go another way.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn fopen64(path: *const c_char, mode: *const c_char) -> *mut File {
@@ -253,9 +349,10 @@ pub unsafe extern "C" fn fopen64(path: *const c_char, mode: *const c_char) -> *m
     if !is_recording() && !map_log(path) {
         return null_mut();
     }
+    map_holds();
     LOG.store(stream, Ordering::Release);
     // Children of QEMU's are none of ours.
-    for name in [c"LD_PRELOAD", c"HEDDLE_TAP_LOG", c"HEDDLE_TAP_RING"] {
+    for name in [c"LD_PRELOAD", c"HEDDLE_TAP_LOG", c"HEDDLE_TAP_RING", c"HEDDLE_TAP_HOLDS"] {
         // SAFETY: the name is terminated.
         unsafe { unsetenv(name.as_ptr()) };
     }
@@ -297,9 +394,15 @@ fn read() -> c_int {
     mark(at);
     // SAFETY: the offset is below the mapping's length.
     let byte = unsafe { *MAP.load(Ordering::Relaxed).add(at as usize) };
-    AT.store(at + 1, Ordering::Relaxed);
+    AT.store(at + 1, Ordering::SeqCst);
     if let Some(read) = field(64) {
         read.store(at + 1, Ordering::Release);
+    }
+    if at + 1 > WAKE_AT.load(Ordering::SeqCst) {
+        WAKE_AT.store(u64::MAX, Ordering::SeqCst);
+        SLEEPER.store(0, Ordering::SeqCst);
+        // SAFETY: the futex word lives as long as the process.
+        unsafe { syscall(SYS_FUTEX, SLEEPER.as_ptr(), FUTEX_WAKE_PRIVATE, 1) };
     }
     c_int::from(byte)
 }

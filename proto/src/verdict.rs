@@ -1,6 +1,7 @@
 //! Verdicts: how a replay ended. A divergence is a result, not an error.
 
-use crate::{Hash, Position, Role};
+use crate::manifest::Image;
+use crate::{Hash, Position, RecordingId, Role};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -175,6 +176,9 @@ pub struct Finding {
     pub masked: Option<Masked>,
     /// Instructions that this task replayed, both sides.
     pub replayed_instructions: u64,
+    /// What was put in on one side, and how far it has come: no divergence.
+    #[serde(default)]
+    pub inputs: Vec<String>,
 }
 
 /// Two states that differed for a while.
@@ -199,4 +203,30 @@ pub enum TaskResult {
         /// Instructions replayed, both sides.
         replayed_instructions: u64,
     },
+    /// Of a pass that makes snapshots: where they stand.
+    Index {
+        /// icounts.
+        snapshots: Vec<u64>,
+    },
+}
+
+/// What differs on the other side of a hunt beside the build.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SideB {
+    /// Files of the command line that are replaced, by their number.
+    #[serde(default)]
+    pub files: Vec<(usize, Image)>,
+    /// Disks that are replaced, by their number.
+    #[serde(default)]
+    pub disks: Vec<(usize, Image)>,
+    /// The recording whose log is fed instead.
+    #[serde(default)]
+    pub log: Option<RecordingId>,
+}
+
+impl SideB {
+    /// Whether nothing differs.
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty() && self.disks.is_empty() && self.log.is_none()
+    }
 }

@@ -165,6 +165,7 @@ fn describe(pair: &mut Pair, pc: u64, instruction: String) -> Finding {
         instruction,
         differs: pair.differences(),
         kind: diverged.unwrap_or_else(|| "state".into()),
+        inputs: vec![],
         masked: None,
         replayed_instructions: 0,
     }

@@ -1,13 +1,15 @@
 //! `heddle hunt`: the first divergence, and the card that says all about it.
 
-use super::recordings;
+use super::recordings::{self, Recording};
 use super::replay::{new_job_id, run_job, task_value};
 use crate::args::{Format, Hunt};
 use crate::cluster::Cluster;
-use crate::exit::{DIVERGED, OK};
+use crate::exit::{DIVERGED, OK, USAGE, coded};
 use crate::output;
 use anyhow::Result;
+use heddle_node::blocks::put_image;
 use heddle_proto::v1;
+use heddle_proto::verdict::SideB;
 use serde_json::{Value, json};
 use std::time::Instant;
 
@@ -20,6 +22,8 @@ pub async fn run(cluster: &Cluster, command: Hunt, format: Format) -> Result<u8>
         recording: recording.id().to_vec().into(),
         spans: 0,
         against: command.against.clone().unwrap_or_default(),
+        side_b: side_b(cluster, &recording, &command).await?,
+        ..Default::default()
     };
     let began = Instant::now();
     let job = run_job(cluster, request, command.timeout, format).await?;
@@ -40,6 +44,36 @@ pub async fn run(cluster: &Cluster, command: Hunt, format: Format) -> Result<u8>
         _ => output::line(text(&value, &command.recording))?,
     }
     Ok(if job.outcome == "match" { OK } else { DIVERGED })
+}
+
+/// What the user puts in on the other side.
+async fn side_b(cluster: &Cluster, recording: &Recording, command: &Hunt) -> Result<bytes::Bytes> {
+    let mut side = SideB::default();
+    for given in &command.with {
+        let spec = recording.manifest.qemu();
+        let spec = spec.ok_or_else(|| coded(USAGE, "--with is for recordings of QEMU"))?;
+        let (name, path) = given
+            .split_once('=')
+            .ok_or_else(|| coded(USAGE, format!("--with {given}: expected NAME=FILE")))?;
+        let bytes = std::fs::read(path).map_err(|error| coded(USAGE, format!("read {path}: {error}")))?;
+        let image = put_image(&cluster.store, name, &bytes.into()).await?;
+        if let Some(number) = spec.files.iter().position(|file| file.name == name) {
+            side.files.push((number, image));
+        } else if let Some(number) = spec.disks.iter().position(|disk| disk.image.name == name) {
+            side.disks.push((number, image));
+        } else {
+            let names = spec.files.iter().chain(spec.disks.iter().map(|disk| &disk.image));
+            let names: Vec<&str> = names.map(|image| image.name.as_str()).collect();
+            return Err(coded(
+                USAGE,
+                format!("--with {given}: the recording's files are {}", names.join(", ")),
+            ));
+        }
+    }
+    if let Some(log) = &command.log {
+        side.log = Some(recordings::find(&cluster.store, log).await?.id());
+    }
+    Ok(if side.is_empty() { bytes::Bytes::new() } else { serde_json::to_vec(&side)?.into() })
 }
 
 /// The card, for programs.

@@ -5,6 +5,7 @@ pub mod diff;
 pub mod events;
 pub mod get;
 pub mod hunt;
+pub mod index;
 pub mod record;
 pub mod record_qemu;
 pub mod recordings;
@@ -41,6 +42,7 @@ pub async fn run(args: Args) -> Result<u8> {
         Command::Events(command) => events::run(&cluster, command, format).await,
         Command::Replay(command) => replay::run(&cluster, command, format).await,
         Command::Hunt(command) => hunt::run(&cluster, command, format).await,
+        Command::Index(command) => index::run(&cluster, command, format).await,
         Command::Diff(command) => diff::run(&cluster, command, format).await,
         Command::Demo(_) | Command::Up(_) | Command::Serve(_) | Command::Completions { .. } => Ok(OK),
     };

@@ -31,6 +31,7 @@ pub async fn run(cluster: &Cluster, command: Replay, format: Format) -> Result<u
         recording: recording.id().to_vec().into(),
         spans: command.spans,
         against: command.against.clone().unwrap_or_default(),
+        ..Default::default()
     };
     let began = Instant::now();
     let job = run_job(cluster, request, command.timeout, format).await?;
@@ -107,7 +108,7 @@ async fn wait_job(cluster: &Cluster, request: v1::SubmitRequest, format: Format)
 fn verdict_of(task: &v1::TaskRow) -> Option<Verdict> {
     match serde_json::from_slice(&task.verdict).ok()? {
         TaskResult::Replay(verdict) => Some(verdict),
-        TaskResult::Lockstep { .. } => None,
+        TaskResult::Lockstep { .. } | TaskResult::Index { .. } => None,
     }
 }
 

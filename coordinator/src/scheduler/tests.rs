@@ -15,6 +15,8 @@ fn scheduler(kind: JobKind, spans: u64) -> Scheduler {
         recording: RecordingId::default(),
         build: "b".into(),
         against: "b".into(),
+        side_b: vec![],
+        snapshots: 0,
         state: JobState::Running,
         phase: hunt::SPANS.into(),
         tasks: hunt::tasks((0..spans).map(span).collect()),

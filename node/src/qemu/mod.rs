@@ -2,6 +2,7 @@
 
 pub mod builds;
 pub mod difference;
+pub mod hunt;
 pub mod process;
 pub mod qcow2;
 pub mod qmp;
@@ -10,3 +11,5 @@ pub mod replay;
 pub mod ring;
 pub mod scratch;
 pub mod snapshot;
+pub mod stepped;
+pub mod task;

@@ -58,6 +58,8 @@ pub struct Launch<'a> {
     pub is_pinned: bool,
     /// Begin with the guest stopped.
     pub is_stopped: bool,
+    /// Where the main loop may sleep in a replay.
+    pub holds: Option<PathBuf>,
     /// Options of this run alone, such as a debugger's socket.
     pub extra: Vec<String>,
 }
@@ -102,6 +104,7 @@ impl Process {
             .env("LD_PRELOAD", &tap)
             .env("HEDDLE_TAP_RING", &launch.ring)
             .env("HEDDLE_TAP_LOG", &launch.log)
+            .envs(launch.holds.map(|holds| ("HEDDLE_TAP_HOLDS", holds)))
             .stdin(launch.stdin)
             .stdout(launch.stdout)
             .stderr(File::create(&stderr).context("create QEMU's standard error")?)

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -18,6 +18,8 @@ const LINE_BYTES_MAX: u64 = 16 << 20;
 pub struct Qmp {
     stream: UnixStream,
     reader: BufReader<UnixStream>,
+    /// The beginning of a line whose end had not come in time.
+    partial: String,
     /// Events that came between answers: name and data.
     pub events: Vec<(String, Value)>,
 }
@@ -39,14 +41,14 @@ impl Qmp {
         stream.set_read_timeout(Some(ANSWER)).context("set a time limit")?;
         stream.set_write_timeout(Some(ANSWER)).context("set a time limit")?;
         let reader = BufReader::new(stream.try_clone().context("clone the connection")?);
-        let mut qmp = Qmp { stream, reader, events: vec![] };
+        let mut qmp = Qmp { stream, reader, partial: String::new(), events: vec![] };
         qmp.line()?;
         qmp.command("qmp_capabilities", json!({}))?;
         Ok(qmp)
     }
 
     fn line(&mut self) -> Result<Value> {
-        let mut line = String::new();
+        let mut line = std::mem::take(&mut self.partial);
         let read = std::io::Read::take(&mut self.reader, LINE_BYTES_MAX)
             .read_line(&mut line)
             .context("QEMU's monitor does not answer")?;
@@ -81,6 +83,39 @@ impl Qmp {
     pub fn human(&mut self, command: &str) -> Result<String> {
         let answer = self.command("human-monitor-command", json!({ "command-line": command }))?;
         Ok(answer.as_str().unwrap_or_default().trim().to_string())
+    }
+
+    /// Waits for an event; false if it does not come in time.
+    pub fn wait_for(&mut self, event: &str, limit: Duration) -> Result<bool> {
+        let until = Instant::now() + limit;
+        loop {
+            if let Some(at) = self.events.iter().position(|(name, _)| name == event) {
+                self.events.remove(at);
+                return Ok(true);
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            // A line that comes in parts is kept until it is whole.
+            self.stream.set_read_timeout(Some(left)).context("set a time limit")?;
+            let read = self.reader.read_line(&mut self.partial);
+            self.stream.set_read_timeout(Some(ANSWER)).context("set a time limit")?;
+            match read {
+                Ok(0) => bail!("QEMU has closed its monitor"),
+                Ok(_) if self.partial.ends_with('\n') => {
+                    let mut line: Value =
+                        serde_json::from_str(&self.partial).context("QEMU's answer does not parse")?;
+                    self.partial.clear();
+                    if let Some(name) = line["event"].as_str() {
+                        self.events.push((name.to_string(), line["data"].take()));
+                    }
+                }
+                Ok(_) => {}
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+                Err(error) => return Err(error).context("QEMU's monitor does not answer"),
+            }
+        }
     }
 
     /// Instructions executed so far.

@@ -235,6 +235,7 @@ pub async fn record(
             stdout: Stdio::piped(),
             is_pinned: false,
             is_stopped: false,
+            holds: None,
             extra: vec![],
         })?;
         let _ = pid_sender.send(process.id());

@@ -9,6 +9,7 @@ use crate::qemu::qmp::Qmp;
 use crate::qemu::ring::Mode;
 use crate::qemu::scratch::{Contents, Scratch};
 use crate::qemu::snapshot::{Captured, Root, Tracker, capture, read_root};
+use crate::qemu::stepped::pc_of;
 use crate::replay::{Control, Replayed};
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
@@ -20,15 +21,15 @@ use heddle_proto::{
 };
 use heddle_replay_engine::page_tree::BlockSource;
 use heddle_replay_engine::qemu::command;
-use heddle_replay_engine::qemu::feed::{Feed, FeedBounds, feed, header};
+use heddle_replay_engine::qemu::feed::{Feed, FeedBounds, feed, header, saving_reads};
 use heddle_replay_engine::qemu::log::{self, HEADER_BYTES};
 use heddle_replay_engine::qemu::roles::{Marks, is_pinned};
 use heddle_replay_engine::qemu::vmstate::COVERAGE;
 use heddle_storage::StoreClient;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -43,6 +44,8 @@ const STALL: Duration = Duration::from_secs(8);
 /// What QEMU reads before it loads a snapshot: the machine's start, and one event ahead.
 const PROLOGUE_BYTES: usize = 4096;
 const CONSOLE_BYTES_MAX: u64 = 64 << 20;
+/// More clock reads than any machine's devices make when their state is saved.
+const SAVING_READS_MAX: u64 = 32;
 /// How many differences a divergence names.
 const DIFFERENCES_SHOWN: usize = 8;
 
@@ -56,6 +59,10 @@ pub struct QemuSpan {
     /// The events from the span's beginning to its end.
     pub events: Vec<Event>,
     prologue: Vec<u8>,
+    /// Events that only a saving of the state caused, inside the span.
+    skipped: BTreeSet<u64>,
+    /// Those at its end.
+    reads: Vec<Event>,
     /// The snapshot at its beginning.
     pub start: Option<Root>,
     /// Where it begins.
@@ -107,7 +114,21 @@ impl QemuSpan {
         };
         let end = row.snapshots.iter().find(|at| at.icount == to.icount && at.event == to.event);
         let end = end.map(|at| Hash::from_slice(&at.root)).transpose()?;
-        let events = read_events(store, id, bounds.from_event, to.event).await?;
+        let beyond = (to.event + SAVING_READS_MAX).min(row.committed_events);
+        let mut events = read_events(store, id, bounds.from_event, beyond).await?;
+        let mut skipped = BTreeSet::new();
+        for snapshot in &row.snapshots {
+            // At the span's beginning, whoever loads the state reads as often as it was read.
+            if snapshot.event > bounds.from_event && snapshot.event < to.event {
+                let at = (snapshot.event - bounds.from_event) as usize;
+                let count = saving_reads(&events, at, snapshot.icount) as u64;
+                skipped.extend(snapshot.event..snapshot.event + count);
+            }
+        }
+        let span_events = (to.event - bounds.from_event) as usize;
+        let count = if end.is_some() { saving_reads(&events, span_events, to.icount) } else { 0 };
+        let reads = events[span_events..span_events + count].to_vec();
+        events.truncate(span_events);
         let start = if bounds.snapshot_root.is_empty() {
             None
         } else {
@@ -134,6 +155,8 @@ impl QemuSpan {
             contents,
             events,
             prologue,
+            skipped,
+            reads,
             start,
             from,
             to,
@@ -147,6 +170,29 @@ impl QemuSpan {
     /// The recording's emulator.
     pub fn spec(&self) -> Result<&QemuSpec> {
         self.manifest.qemu().context("the recording is not QEMU's")
+    }
+
+    /// Takes another recording's log instead. Up to their first difference both have the
+    /// same events; behind it, the other's are shifted by what it has more or less.
+    pub async fn take_log(&mut self, store: &StoreClient, other: RecordingId) -> Result<()> {
+        let (a, b) = (store.get(self.manifest.id).await?, store.get(other).await?);
+        let shift = b.committed_events as i64 - a.committed_events as i64;
+        let to = self.to.event.saturating_add_signed(shift).min(b.committed_events);
+        let mine = read_events(store, self.manifest.id, 0, self.to.event).await?;
+        let theirs = read_events(store, other, 0, to).await?;
+        let same = mine.iter().zip(&theirs).take_while(|(x, y)| x == y).count() as u64;
+        let from = if same >= self.from.event {
+            self.from.event
+        } else {
+            self.from.event.saturating_add_signed(shift)
+        };
+        self.events = theirs.get(from as usize..).unwrap_or_default().to_vec();
+        Ok(())
+    }
+
+    /// Where blocks come from.
+    pub fn blocks(&self) -> &BlockCache {
+        &self.blocks
     }
 
     /// What a state differs in from the snapshot at the span's end, for people.
@@ -168,11 +214,11 @@ impl QemuSpan {
         }
         let bounds = FeedBounds {
             offset: self.start.as_ref().map_or(HEADER_BYTES, |root| root.log_offset),
-            icount: self.from.icount,
+            icount: self.start.as_ref().map_or(self.from.icount, |root| root.log_icount),
             first_event: self.from.event,
             to_icount: self.to.icount,
         };
-        Ok(feed(&self.events, bounds)?)
+        Ok(feed(&self.events, bounds, &|event| self.skipped.contains(&event), &self.reads)?)
     }
 
     fn write_log(&self, path: &Path, feed: &Feed) -> Result<()> {
@@ -194,6 +240,7 @@ impl QemuSpan {
         let scratch = Scratch::of_store(spec, &self.contents, root)?;
         let log = scratch.path().join("log");
         self.write_log(&log, &feed)?;
+        let holds = if run.is_stopped { None } else { Some(write_holds(&scratch, &feed)?) };
         let console = scratch.path().join("console");
         let process = Process::start(Launch {
             program: &build.binary,
@@ -212,6 +259,7 @@ impl QemuSpan {
             is_pinned: run.is_pinned,
             is_stopped: run.is_stopped,
             extra: run.extra.clone(),
+            holds,
         })?;
         Ok(Started { process, scratch, feed })
     }
@@ -259,6 +307,19 @@ pub struct Started {
     pub scratch: Scratch,
     /// What it is fed.
     pub feed: Feed,
+}
+
+/// Where the main loop may sleep. Not in a run that is stopped in the middle: it is the
+/// main loop that answers.
+fn write_holds(scratch: &Scratch, feed: &Feed) -> Result<PathBuf> {
+    let path = scratch.path().join("holds");
+    let bytes: Vec<u8> = feed
+        .vcpu_only
+        .iter()
+        .flat_map(|(from, to)| [from.to_ne_bytes(), to.to_ne_bytes()].concat())
+        .collect();
+    std::fs::write(&path, bytes).with_context(|| format!("write {}", path.display()))?;
+    Ok(path)
 }
 
 async fn read_events(store: &StoreClient, id: RecordingId, from: u64, to: u64) -> Result<Vec<Event>> {
@@ -386,7 +447,7 @@ pub fn replay(span: &QemuSpan, build: &QemuBuild, control: &Control) -> Result<R
             Outcome::Diverged(Box::new(watch.divergence(place, DivergenceKind::WrongRole, found, 0)))
         }
         End::Stuck(icount) => {
-            let pc = pc_of(&mut started.process, &mut qmp);
+            let pc = stuck_at(&mut started.process, &mut qmp);
             let what = "stuck, waiting for it".to_string();
             let found = Side { what, role: None, icount };
             Outcome::Diverged(Box::new(watch.divergence(watch.seen, DivergenceKind::Stall, found, pc)))
@@ -534,16 +595,9 @@ pub fn save(qmp: &mut Qmp, scratch: &Scratch) -> Result<Captured> {
 const VM_STATE_CHECK: &str = "heddle-check";
 
 /// The guest's program counter, as far as it can be had from a QEMU that is stuck.
-fn pc_of(process: &mut Process, qmp: &mut Option<Qmp>) -> u64 {
-    let said = connected(process, qmp).and_then(|qmp| qmp.human("info registers")).unwrap_or_default();
-    let after = |mark: &str| said.split(mark).nth(1).map(str::trim_start);
-    ["RIP=", "EIP=", "PC=", " pc "]
-        .iter()
-        .find_map(|mark| {
-            let digits: String = after(mark)?.chars().take_while(char::is_ascii_hexdigit).collect();
-            u64::from_str_radix(&digits, 16).ok()
-        })
-        .unwrap_or(0)
+fn stuck_at(process: &mut Process, qmp: &mut Option<Qmp>) -> u64 {
+    let said = connected(process, qmp).and_then(|qmp| qmp.human("info registers"));
+    said.map_or(0, |said| pc_of(&said))
 }
 
 fn console(scratch: &Scratch) -> Result<Vec<u8>> {

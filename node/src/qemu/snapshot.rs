@@ -41,6 +41,9 @@ pub struct Root {
     pub position: Position,
     /// Offset in the log where a replay from here reads on.
     pub log_offset: u64,
+    /// Instructions that the log has already told of: more than were executed when the
+    /// state was saved by a replay between two events.
+    pub log_icount: u64,
     /// Digest of the state.
     pub digest: Hash,
     /// RAM blocks: name, bytes, root of the page tree.
@@ -131,9 +134,12 @@ pub fn capture(tracker: &mut Tracker, name: &str, vm_state: &Path, disks: &[Path
     let parts = state.without_ram();
     let digest =
         vmstate::digest(ram.iter().map(|(name, bytes, root)| (name.as_str(), *bytes, *root)), &leaves);
+    let icount = state.icount().context("the VM state has no icount")?;
     let root = Root {
         version: VERSION,
-        position: Position { icount: state.icount().context("the VM state has no icount")?, event: 0 },
+        position: Position { icount, event: 0 },
+        log_icount: icount
+            + state.instructions_ahead().context("the VM state stands in the middle of an event")?,
         log_offset: state.log_offset().context("the VM state has no log offset")?,
         digest,
         ram,

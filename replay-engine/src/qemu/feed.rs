@@ -7,7 +7,7 @@
 //! original, so that a position in what is fed is a position in the recording.
 
 use super::log::{EncodeError, HEADER_BYTES, VERSION, encode_body, encode_instructions};
-use heddle_proto::{Body, Event, QemuEvent};
+use heddle_proto::{Body, Event, QemuEvent, Role};
 
 /// An event's place in the fed file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +27,11 @@ pub struct Feed {
     pub bytes: Vec<u8>,
     /// The events' places, in the order fed.
     pub places: Vec<Place>,
+    /// Behind the events: bytes of clock reads for whoever saves the state at the end.
+    pub reads_bytes: u64,
+    /// Ranges of offsets that have work for the vCPU thread alone: a reader past the first
+    /// and not past the second has.
+    pub vcpu_only: Vec<(u64, u64)>,
 }
 
 /// From where to where a log is fed.
@@ -42,6 +47,17 @@ pub struct FeedBounds {
     pub to_icount: u64,
 }
 
+/// How many events at index `at` of a log are reads of the clock by the saving of a state
+/// at `icount`: devices that keep the host's time bring it up to date first. Whoever loads
+/// that state reads as often. A replay that passes by does not, and must not be fed them.
+pub fn saving_reads(events: &[Event], at: usize, icount: u64) -> usize {
+    let rest = events.get(at..).unwrap_or_default();
+    rest.iter().take_while(|event| event.icount == icount && matches!(event.body, Body::Clock { .. })).count()
+}
+
+/// Shorter runs of the vCPU thread's events are not worth a sleep of the other.
+const RUN_EVENTS_MIN: usize = 12;
+
 /// The header of a log that is fed.
 pub fn header() -> [u8; HEADER_BYTES as usize] {
     let mut header = [0; HEADER_BYTES as usize];
@@ -50,7 +66,15 @@ pub fn header() -> [u8; HEADER_BYTES as usize] {
 }
 
 /// Encodes `events` so that QEMU handles them all and parks at `bounds.to_icount`.
-pub fn feed(events: &[Event], bounds: FeedBounds) -> Result<Feed, EncodeError> {
+///
+/// `skipped` are indexes of events that a passing replay does not have (see
+/// [`saving_reads`]); `reads` are those at its end, kept for who saves the state there.
+pub fn feed(
+    events: &[Event],
+    bounds: FeedBounds,
+    skipped: &dyn Fn(u64) -> bool,
+    reads: &[Event],
+) -> Result<Feed, EncodeError> {
     let mut feed = Feed { offset: bounds.offset, ..Feed::default() };
     let mut icount = bounds.icount;
     let mut overtaking: Vec<(u64, &Body)> = vec![];
@@ -61,6 +85,9 @@ pub fn feed(events: &[Event], bounds: FeedBounds) -> Result<Feed, EncodeError> {
     };
     for (at, event) in events.iter().enumerate() {
         let index = bounds.first_event + at as u64;
+        if skipped(index) {
+            continue;
+        }
         if matches!(event.body, Body::Qemu(QemuEvent::Shutdown { .. })) {
             overtaking.push((index, &event.body));
             continue;
@@ -75,14 +102,71 @@ pub fn feed(events: &[Event], bounds: FeedBounds) -> Result<Feed, EncodeError> {
     for (index, body) in overtaking {
         put(&mut feed, index, body)?;
     }
+    let before = feed.bytes.len();
+    for event in reads {
+        encode_body(&mut feed.bytes, &event.body)?;
+    }
+    feed.reads_bytes = (feed.bytes.len() - before) as u64;
     encode_body(&mut feed.bytes, &Body::End)?;
+    feed.vcpu_only = vcpu_only(events, &feed);
     Ok(feed)
 }
 
+/// Whether the vCPU thread can handle this without the main loop. Completions and input
+/// need it: it brings them in.
+fn is_vcpus_alone(event: &Event) -> bool {
+    use heddle_proto::CheckpointKind::{ClockVirtual, ClockWarpAccount};
+    event.role == Role::Vcpu
+        && matches!(
+            event.body,
+            Body::Checkpoint(ClockWarpAccount | ClockVirtual)
+                | Body::Qemu(
+                    QemuEvent::Interrupt
+                        | QemuEvent::Exception
+                        | QemuEvent::CharWrite { .. }
+                        | QemuEvent::Instruction
+                        | QemuEvent::Shutdown { .. }
+                )
+        )
+}
+
+fn vcpu_only(events: &[Event], feed: &Feed) -> Vec<(u64, u64)> {
+    let first = feed.places.first().map_or(0, |place| place.event);
+    let of = |place: &Place| &events[(place.event - first) as usize];
+    let mut ranges = vec![];
+    let mut from = None;
+    for (at, place) in feed.places.iter().enumerate() {
+        let is_alone = is_vcpus_alone(of(place));
+        match (is_alone, from) {
+            (true, None) => from = Some(at),
+            (false, Some(begun)) => {
+                ranges.extend(range(feed, begun, at, of));
+                from = None;
+            }
+            _ => {}
+        }
+    }
+    if let Some(begun) = from {
+        ranges.extend(range(feed, begun, feed.places.len(), of));
+    }
+    ranges
+}
+
+/// From behind the event before `from` to the end of the last before `to`.
+fn range<'e>(feed: &Feed, from: usize, to: usize, of: impl Fn(&Place) -> &'e Event) -> Option<(u64, u64)> {
+    let has_shutdown = feed.places[from..to]
+        .iter()
+        .any(|place| matches!(of(place).body, Body::Qemu(QemuEvent::Shutdown { .. })));
+    // A main loop that is awake would act on a shutdown sooner than it was recorded to.
+    (to - from >= RUN_EVENTS_MIN || has_shutdown).then(|| {
+        (from.checked_sub(1).map_or(feed.offset, |before| feed.places[before].end), feed.places[to - 1].end)
+    })
+}
+
 impl Feed {
-    /// Offset of the final END: once it was read, all before is done.
+    /// Offset behind the last event: once anything there was read, all before is done.
     pub fn end_offset(&self) -> u64 {
-        self.offset + self.bytes.len() as u64 - 1
+        self.offset + self.bytes.len() as u64 - 1 - self.reads_bytes
     }
 
     /// How many events were handled when the reader stands at `offset`.
@@ -109,7 +193,7 @@ mod tests {
             event(9, Body::Checkpoint(CheckpointKind::ClockHost)),
         ];
         let bounds = FeedBounds { offset: 100, icount: 0, first_event: 7, to_icount: 11 };
-        let fed = feed(&events, bounds).unwrap();
+        let fed = feed(&events, bounds, &|_| false, &[]).unwrap();
         let bytes = [0, 0, 0, 0, 5, 0x25, 0, 0, 0, 0, 4, 0x10, 0x23, 0, 0, 0, 0, 2, 0x27];
         assert_eq!(fed.bytes, bytes);
         let places: Vec<_> = fed.places.iter().map(|place| (place.event, place.end)).collect();
@@ -117,7 +201,7 @@ mod tests {
         assert_eq!(fed.end_offset(), 118);
         assert_eq!([fed.handled(106), fed.handled(107), fed.handled(119)], [0, 1, 3]);
         // With nothing behind it, it still comes after all instructions.
-        let fed = feed(&events[..2], FeedBounds { to_icount: 8, ..bounds }).unwrap();
+        let fed = feed(&events[..2], FeedBounds { to_icount: 8, ..bounds }, &|_| false, &[]).unwrap();
         assert_eq!(fed.bytes, [0, 0, 0, 0, 5, 0x25, 0, 0, 0, 0, 3, 0x10, 0x27]);
     }
 }

@@ -27,9 +27,11 @@ const BLOCKS_MAX: usize = 256;
 
 /// Fields that honestly differ between a recording's state and its replay's at the same
 /// position, with the reason. Everything else is in the digest.
-pub const LEFT_OUT: [(&str, &str); 8] = [
+pub const LEFT_OUT: [(&str, &str); 10] = [
     ("replay/cached_clock", "last clock value read from the log: a recorder has none"),
     ("replay/data_kind", "the replayer's look-ahead"),
+    ("replay/instruction_count", "the replayer's look-ahead"),
+    ("replay/current_event", "the replayer's look-ahead"),
     ("replay/has_unread_data", "the replayer's look-ahead"),
     ("replay/file_offset", "the replayer's look-ahead"),
     ("timer/cpu_clock_offset", "host time for which the emulator has run"),
@@ -295,6 +297,20 @@ impl<'a> VmState<'a> {
     /// Instructions executed when this state was saved.
     pub fn icount(&self) -> Option<u64> {
         self.number("replay.0#current_icount")
+    }
+
+    /// Instructions of which a replay had read and that were not executed yet. `None`: it
+    /// had read the kind of another event, and can't go on from the log alone.
+    pub fn instructions_ahead(&self) -> Option<u64> {
+        if self.number("replay.0#has_unread_data")? == 0 {
+            return Some(0);
+        }
+        match self.number("replay.0#data_kind")? {
+            0 => self.number("replay.0#instruction_count"),
+            // Parked at the end of what it was fed.
+            0x27 => Some(0),
+            _ => None,
+        }
     }
 
     /// A hash for each device and vCPU over its fields but [`LEFT_OUT`].

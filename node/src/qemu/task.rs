@@ -1,0 +1,146 @@
+//! A task of a QEMU recording's: what a lease asks of a node.
+
+use crate::blocks::BlockCache;
+use crate::qemu::builds::QemuBuild;
+use crate::qemu::hunt::{self, Side};
+use crate::qemu::replay::{self, QemuSpan};
+use crate::qemu::snapshot::Captured;
+use crate::qemu::stepped;
+use crate::replay::Control;
+use anyhow::{Context, Result, bail, ensure};
+use heddle_proto::verdict::{SideB, TaskResult};
+use heddle_proto::{RecordingId, v1};
+use heddle_storage::StoreClient;
+use std::sync::atomic::Ordering;
+use tokio::runtime::Handle;
+
+/// What an event costs in a replay, in instructions: snapshots are spread by cost.
+const EVENT_COST: u128 = 3000;
+/// Further places that are tried where async events are queued.
+const ALTERNATIVES: usize = 6;
+
+/// What a node has to run a task with.
+#[derive(Clone)]
+pub struct Means {
+    /// The store.
+    pub store: StoreClient,
+    /// The node's blocks.
+    pub blocks: BlockCache,
+    /// The QEMUs it offers.
+    pub builds: Vec<QemuBuild>,
+}
+
+impl Means {
+    fn build(&self, name: &str) -> Result<QemuBuild> {
+        let build = self.builds.iter().find(|build| build.name == name).cloned();
+        build.with_context(|| format!("this node does not offer {name}"))
+    }
+}
+
+/// Runs a task.
+pub async fn run(means: &Means, task: &v1::Task, control: Control) -> Result<TaskResult> {
+    let id = RecordingId::from_slice(&task.recording)?;
+    let bounds = task.span.clone().context("the task names no span")?;
+    let against = if task.against.is_empty() { &task.build } else { &task.against };
+    let build = means.build(against)?;
+    let span = QemuSpan::fetch(&means.store, &means.blocks, id, bounds).await?;
+    let side_b = side_b(means, &span, &task.side_b).await?;
+    match task.kind.as_str() {
+        "replay" => {
+            let done = tokio::task::spawn_blocking(move || replay::replay(&side_b, &build, &control));
+            Ok(done.await??.result)
+        }
+        "lockstep" => {
+            let (recorded, to) = (means.build(&task.build)?, task.span.as_ref().map_or(0, |s| s.to_icount));
+            let to = if to == 0 { span.to.icount } else { to.min(span.to.icount) };
+            let done = tokio::task::spawn_blocking(move || {
+                let a = Side { span, build: recorded };
+                let b = Side { span: side_b, build };
+                hunt::first_effect(&a, &b, to, &|| control.cancel.load(Ordering::Relaxed))
+            });
+            let (finding, replayed_instructions) = done.await??;
+            Ok(TaskResult::Lockstep { finding, replayed_instructions })
+        }
+        "index" => index(means, span, build, task.snapshots as usize, control).await,
+        other => bail!("this node does not know tasks of kind {other:?} for QEMU"),
+    }
+}
+
+/// The other side of a hunt: the same span with what was replaced.
+async fn side_b(means: &Means, span: &QemuSpan, given: &[u8]) -> Result<QemuSpan> {
+    let mut other = span.clone();
+    if given.is_empty() {
+        return Ok(other);
+    }
+    let side: SideB = serde_json::from_slice(given).context("the task's other side does not parse")?;
+    for (number, image) in &side.files {
+        let slot = other.contents.files.get_mut(*number).context("the recording has no such file")?;
+        *slot = means.blocks.image(image).await?;
+    }
+    for (number, image) in &side.disks {
+        let slot = other.contents.disks.get_mut(*number).context("the recording has no such disk")?;
+        ensure!(slot.len() as u64 == image.bytes, "the other disk has another size");
+        *slot = means.blocks.image(image).await?;
+    }
+    if let Some(log) = side.log {
+        other.take_log(&means.store, log).await?;
+    }
+    Ok(other)
+}
+
+/// Makes snapshots with a replay pass, and stores them.
+async fn index(
+    means: &Means,
+    span: QemuSpan,
+    build: QemuBuild,
+    count: usize,
+    control: Control,
+) -> Result<TaskResult> {
+    let row = means.store.get(span.manifest.id).await?;
+    let wanted = places(&span, count);
+    let (store, runtime, id, epoch) = (means.store.clone(), Handle::current(), span.manifest.id, row.epoch);
+    let done = tokio::task::spawn_blocking(move || {
+        let mut made = vec![];
+        let is_cancelled = || control.cancel.load(Ordering::Relaxed);
+        stepped::index(&span, &build, &wanted, &is_cancelled, |captured: Captured| {
+            let (icount, digest) = (captured.root.position.icount, captured.digest());
+            let event = span.events.partition_point(|event| event.icount <= icount) as u64;
+            let (root, blocks) = captured.finish(event);
+            let (root, digest) = (root.to_vec().into(), digest.to_vec().into());
+            let row = v1::SnapshotRow { icount, event, root, digest };
+            runtime.block_on(async {
+                store.put_blocks(blocks).await?;
+                store.add_snapshot(id, epoch, row).await
+            })?;
+            made.push(icount);
+            Ok(())
+        })?;
+        anyhow::Ok(made)
+    });
+    Ok(TaskResult::Index { snapshots: done.await?? })
+}
+
+/// Where `count` snapshots cut a recording into parts of equal cost. Each place is in
+/// the middle of a run of instructions, where the log alone tells how to go on.
+fn places(span: &QemuSpan, count: usize) -> Vec<Vec<u64>> {
+    let events = &span.events;
+    let cost = |at: usize| u128::from(events[at].icount) + at as u128 * EVENT_COST;
+    let gaps: Vec<usize> = (0..events.len().saturating_sub(1))
+        .filter(|at| events[at + 1].icount > events[*at].icount + 1)
+        .collect();
+    let Some(whole) = events.len().checked_sub(1).map(cost) else { return vec![] };
+    (1..=count as u128)
+        .map(|part| {
+            let ideal = whole * part / (count as u128 + 1);
+            let first = gaps.partition_point(|at| cost(*at) < ideal);
+            // A long run is cut where the ideal is, not at its beginning.
+            let place = |at: &usize| {
+                let (from, to) = (events[*at].icount, events[at + 1].icount);
+                let inside = ideal.saturating_sub(*at as u128 * EVENT_COST) as u64;
+                inside.clamp(from + 1, to - 1)
+            };
+            let before = first.saturating_sub(1);
+            gaps[before.min(gaps.len())..].iter().take(ALTERNATIVES).map(place).collect()
+        })
+        .collect()
+}
