@@ -76,6 +76,15 @@ struct Timespec {
     nanoseconds: c_long,
 }
 
+const VCPU: u8 = 0;
+const IOTHREAD: u8 = 1;
+const OTHER: u8 = 2;
+/// Never touches the log.
+const MONITOR: u8 = 3;
+/// How often the monitor's thread looks for a question in a replay: QEMU wakes it at
+/// every event, for nothing.
+const MONITOR_NAP_MICROSECONDS: u32 = 5000;
+
 const MODE_RECORD: u32 = 1;
 /// The library was loaded.
 const STAGE_LOADED: u32 = 1;
@@ -134,7 +143,13 @@ fn thread() -> u8 {
             getpid() == gettid()
         };
         let is_tcg = name.windows(3).any(|part| part == b"TCG");
-        let found = if is_main { 1 } else { if is_tcg { 0 } else { 2 } };
+        let is_monitor = name.starts_with(b"IO mon");
+        let found = match (is_main, is_tcg, is_monitor) {
+            (true, _, _) => IOTHREAD,
+            (_, true, _) => VCPU,
+            (_, _, true) => MONITOR,
+            _ => OTHER,
+        };
         known.set(found);
         found
     })
@@ -326,7 +341,7 @@ pub unsafe extern "C" fn ppoll(
     time: *const c_void,
     signals: *const c_void,
 ) -> c_int {
-    if HOLD_COUNT.load(Ordering::Relaxed) > 0 && thread() == 1 {
+    if HOLD_COUNT.load(Ordering::Relaxed) > 0 && thread() == IOTHREAD {
         hold();
     }
     next!(
@@ -334,6 +349,16 @@ pub unsafe extern "C" fn ppoll(
         fn(*mut c_void, std::ffi::c_ulong, *const c_void, *const c_void) -> c_int,
         fds, count, time, signals
     )
+}
+
+/// The monitor's thread polls by this.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn poll(fds: *mut c_void, count: std::ffi::c_ulong, time: c_int) -> c_int {
+    if HOLD_COUNT.load(Ordering::Relaxed) > 0 && thread() == MONITOR {
+        // SAFETY: no memory is involved.
+        unsafe { usleep(MONITOR_NAP_MICROSECONDS) };
+    }
+    next!(c"poll", fn(*mut c_void, std::ffi::c_ulong, c_int) -> c_int, fds, count, time)
 }
 
 /// Opens a file; the log is opened as a real stream whose bytes go another way.

@@ -20,6 +20,8 @@ pub struct Qmp {
     reader: BufReader<UnixStream>,
     /// The beginning of a line whose end had not come in time.
     partial: String,
+    /// The last command's.
+    number: u64,
     /// Events that came between answers: name and data.
     pub events: Vec<(String, Value)>,
 }
@@ -41,7 +43,7 @@ impl Qmp {
         stream.set_read_timeout(Some(ANSWER)).context("set a time limit")?;
         stream.set_write_timeout(Some(ANSWER)).context("set a time limit")?;
         let reader = BufReader::new(stream.try_clone().context("clone the connection")?);
-        let mut qmp = Qmp { stream, reader, partial: String::new(), events: vec![] };
+        let mut qmp = Qmp { stream, reader, partial: String::new(), number: 0, events: vec![] };
         qmp.line()?;
         qmp.command("qmp_capabilities", json!({}))?;
         Ok(qmp)
@@ -60,13 +62,18 @@ impl Qmp {
 
     /// Runs a command; its answer.
     pub fn command(&mut self, name: &str, arguments: Value) -> Result<Value> {
-        let mut line = json!({ "execute": name, "arguments": arguments }).to_string();
+        self.number += 1;
+        let mut line = json!({ "execute": name, "arguments": arguments, "id": self.number }).to_string();
         line.push('\n');
         self.stream.write_all(line.as_bytes()).with_context(|| format!("ask QEMU to {name}"))?;
         loop {
             let mut answer = self.line().with_context(|| format!("ask QEMU to {name}"))?;
             if let Some(event) = answer["event"].as_str() {
                 self.events.push((event.to_string(), answer["data"].take()));
+                continue;
+            }
+            // A second greeting, or an answer that came after its time.
+            if answer["id"] != self.number {
                 continue;
             }
             if let Some(error) = answer.get("error") {
