@@ -67,6 +67,12 @@ pub enum Command {
     Index(Index),
     /// Compare two recordings' logs, without a replay.
     Diff(Diff),
+    /// Stop a QEMU recording's replay at an icount, for gdb; backwards, too.
+    Debug(Debug),
+    /// Test the QEMU builds of this machine: record, replay, snapshot, restore.
+    Doctor(Doctor),
+    /// Draw a recording: icount against host time, events by kind and role.
+    Plot(Plot),
     /// Print a shell's completions.
     Completions {
         /// Which shell.
@@ -380,6 +386,37 @@ pub struct Index {
     /// Give up after so many seconds.
     #[arg(long, value_name = "SECONDS")]
     pub timeout: Option<u64>,
+}
+
+/// `heddle debug`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct Debug {
+    /// The recording.
+    pub recording: String,
+    /// Where to stop.
+    #[arg(long, value_name = "ICOUNT")]
+    pub at: u64,
+    /// The QEMU to use; without any, the usual ones on the PATH.
+    #[arg(long, value_name = "FILE")]
+    pub qemu: Vec<PathBuf>,
+}
+
+/// `heddle doctor`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct Doctor {
+    /// The QEMUs to test; without any, the usual ones on the PATH.
+    #[arg(value_name = "FILE")]
+    pub qemu: Vec<PathBuf>,
+}
+
+/// `heddle plot`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct Plot {
+    /// The recording.
+    pub recording: String,
+    /// The picture: .svg or .png.
+    #[arg(short = 'o', long = "out", value_name = "FILE")]
+    pub out: PathBuf,
 }
 
 /// `heddle diff`.

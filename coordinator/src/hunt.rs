@@ -17,6 +17,8 @@ pub const SPANS: &str = "spans";
 const NARROWING: &str = "narrowing";
 const TRACING: &str = "tracing";
 const REPEAT: &str = "repeat";
+/// The kind of a finding that says: nothing but what was put in differs.
+const INPUTS: &str = "inputs";
 
 /// The first tasks of a hunt.
 pub fn tasks(spans: Vec<Span>) -> Vec<Task> {
@@ -95,12 +97,15 @@ fn repeat(job: &mut Job) {
 }
 
 fn finish(job: &mut Job) {
-    let finding = findings(job).min_by_key(|finding| finding.icount).cloned();
-    let bad = first_bad(job);
+    // What was put in, and had no effect, is no divergence.
+    let inputs = findings(job).find(|finding| finding.kind == INPUTS).map(|found| found.inputs.clone());
+    let finding = findings(job).filter(|f| f.kind != INPUTS).min_by_key(|f| f.icount).cloned();
+    let bad = first_bad(job).filter(|_| inputs.is_none() || finding.is_some());
     let replayed: u64 = job.tasks.iter().map(instructions).sum();
     let is_found = bad.is_some() || finding.is_some();
     job.result = json!({
         "finding": finding,
+        "inputs": inputs,
         "spans": of_phase(job, SPANS).count(),
         "bad_span": bad,
         "interval": bad.and_then(|bad| divergence(&job.tasks[bad])).map(interval),

@@ -76,6 +76,13 @@ impl BlockCache {
         BlockCache { store, cache: Arc::default(), runtime: Handle::current() }
     }
 
+    /// A cache that already has `blocks`.
+    pub fn with(store: StoreClient, blocks: Vec<(Hash, Bytes)>) -> BlockCache {
+        let cache = BlockCache::new(store);
+        cache.cache.lock().unwrap_or_else(PoisonError::into_inner).blocks.extend(blocks);
+        cache
+    }
+
     /// Blocks by hash, in order.
     pub async fn get(&self, wanted: &[Hash]) -> Result<Vec<Bytes>> {
         let missing: Vec<Hash> = {

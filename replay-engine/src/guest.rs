@@ -7,6 +7,10 @@ use std::sync::Arc;
 
 /// The guest's ELF; `guest/build` rebuilds it.
 pub const LOOM_ELF: &[u8] = include_bytes!("../guest/loom.elf");
+/// The self-test guest for QEMU on x86, a multiboot program; `guest/build-tick` rebuilds it.
+pub const TICK_ELF: &[u8] = include_bytes!("../guest/tick.elf");
+/// The same for QEMU's riscv64 virt machine.
+pub const TICK_RISCV_ELF: &[u8] = include_bytes!("../guest/tick-riscv.elf");
 /// Bytes of the disk it reads and writes.
 const DISK_BYTES: usize = 1 << 20;
 

@@ -119,8 +119,14 @@ pub fn text(card: &Value, name: &str) -> String {
             false => format!(" repeated on     {node}: different, so non-determinism or a bad host\n"),
         });
     }
+    let inputs = |of: &Value| -> Vec<String> {
+        of.as_array().into_iter().flatten().filter_map(|line| line.as_str().map(String::from)).collect()
+    };
     if card["outcome"] == "match" {
         out.push_str("\n no divergence");
+        for line in inputs(&card["inputs"]) {
+            out.push_str(&format!("\n   input     {line}"));
+        }
         return out;
     }
     let (finding, interval) = (&card["finding"], &card["interval"]);
@@ -165,6 +171,9 @@ pub fn text(card: &Value, name: &str) -> String {
         finding["instruction"].as_str().unwrap_or_default(),
         differs.join(", ")
     ));
+    for line in inputs(&finding["inputs"]) {
+        out.push_str(&format!("   input     {line}\n"));
+    }
     if let (Some(from), Some(to)) = (finding["masked"]["from"].as_u64(), finding["masked"]["to"].as_u64()) {
         out.push_str(&format!(
             "   masked    equal again from icount {} on ({} instructions)\n",

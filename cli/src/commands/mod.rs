@@ -1,11 +1,14 @@
 //! The client commands.
 
 pub mod console;
+pub mod debug;
 pub mod diff;
+pub mod doctor;
 pub mod events;
 pub mod get;
 pub mod hunt;
 pub mod index;
+pub mod plot;
 pub mod record;
 pub mod record_qemu;
 pub mod recordings;
@@ -26,6 +29,7 @@ pub async fn run(args: Args) -> Result<u8> {
         Command::Demo(command) => return demo::run(command, format).await,
         Command::Up(command) => return up(command).await,
         Command::Serve(command) => return serve::run(command).await.map(|()| OK),
+        Command::Doctor(command) => return doctor::run(command, format).await,
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "heddle", &mut std::io::stdout());
             return Ok(OK);
@@ -42,9 +46,15 @@ pub async fn run(args: Args) -> Result<u8> {
         Command::Events(command) => events::run(&cluster, command, format).await,
         Command::Replay(command) => replay::run(&cluster, command, format).await,
         Command::Hunt(command) => hunt::run(&cluster, command, format).await,
+        Command::Debug(command) => debug::run(&cluster, command, format).await,
+        Command::Plot(command) => plot::run(&cluster, command).await,
         Command::Index(command) => index::run(&cluster, command, format).await,
         Command::Diff(command) => diff::run(&cluster, command, format).await,
-        Command::Demo(_) | Command::Up(_) | Command::Serve(_) | Command::Completions { .. } => Ok(OK),
+        Command::Demo(_)
+        | Command::Up(_)
+        | Command::Serve(_)
+        | Command::Doctor(_)
+        | Command::Completions { .. } => Ok(OK),
     };
     cluster.close().await;
     done

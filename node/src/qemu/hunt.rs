@@ -13,6 +13,7 @@ use crate::qemu::snapshot::Captured;
 use crate::qemu::stepped::{Reached, Stepped, differing, pc_of};
 use anyhow::{Context, Result, bail};
 use heddle_proto::verdict::Finding;
+use heddle_proto::{Body, QemuEvent};
 use heddle_replay_engine::page_tree::BlockSource;
 use heddle_replay_engine::qemu::vmstate::PAGE;
 use std::collections::BTreeSet;
@@ -91,7 +92,10 @@ pub fn first_effect(
     let inputs = Inputs::of(&a.span, &b.span);
     let from = a.span.from.icount;
     let mut replayed = 0;
-    for is_deep in [false, true] {
+    // What a fault printed it may have forgotten soon after: no stop would see it.
+    let printed = console_difference(a, b, to, &mut replayed)?;
+    let searches = printed.map(|at| (false, at)).into_iter().chain([(false, to), (true, to)]);
+    for (is_deep, to) in searches {
         let (mut lo, mut hi) = (from, to);
         let mut is_found = false;
         while hi - lo > 1 || !is_found {
@@ -114,7 +118,29 @@ pub fn first_effect(
             return Ok((Some(finding), replayed));
         }
     }
-    Ok((None, replayed))
+    let only_inputs =
+        Finding { icount: to, kind: "inputs".into(), inputs: inputs.lines.clone(), ..Finding::default() };
+    Ok(((!inputs.lines.is_empty()).then_some(only_inputs), replayed))
+}
+
+/// The icount of the character write that first printed something else on side B.
+fn console_difference(a: &Side, b: &Side, to: u64, replayed: &mut u64) -> Result<Option<u64>> {
+    let (mut x, mut y) = (start(a)?, start(b)?);
+    let from = x.icount;
+    let _ = advance_both(&mut x, &mut y, to)?;
+    *replayed += (x.icount - from) + y.icount.saturating_sub(from);
+    let (p, q) = (x.console()?, y.console()?);
+    let Some(at) = p.iter().zip(&q).position(|(p, q)| p != q) else { return Ok(None) };
+    let mut printed = 0u64;
+    for event in &a.span.events {
+        if let Body::Qemu(QemuEvent::CharWrite { written, .. }) = &event.body {
+            printed += u64::from(*written);
+            if printed > at as u64 {
+                return Ok(Some(event.icount.max(from + 1)));
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// Runs both sides over an interval with stops in it.

@@ -2,6 +2,7 @@
 
 pub mod builds;
 pub mod difference;
+pub mod doctor;
 pub mod hunt;
 pub mod process;
 pub mod qcow2;

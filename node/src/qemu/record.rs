@@ -8,6 +8,7 @@ use crate::blocks::put_image;
 use crate::chunker::Chunker;
 use crate::live::{Live, NewSnapshot, SnapshotQueue};
 use crate::qemu::builds::QemuBuild;
+use crate::qemu::doctor::ensure_able;
 use crate::qemu::process::{Launch, Process};
 use crate::qemu::qcow2::Qcow2;
 use crate::qemu::qmp::Qmp;
@@ -97,6 +98,7 @@ pub struct Prepared {
 pub fn plan(command: &[String]) -> Result<(QemuBuild, Plan)> {
     let (program, arguments) = command.split_first().context("the command line is empty")?;
     let build = QemuBuild::probe(Path::new(program))?;
+    ensure_able(&build.name, "record")?;
     let target = Target { arch: &build.arch, dialect: build.dialect()? };
     let plan = command::plan(arguments, target)?;
     Ok((build, plan))
@@ -370,7 +372,7 @@ impl Pump {
     }
 
     /// The number of events before `offset`, as far back as they are remembered.
-    fn event_at(&self, offset: u64) -> Option<u64> {
+    pub(crate) fn event_at(&self, offset: u64) -> Option<u64> {
         match self.ends.iter().rev().find(|(end, _)| *end <= offset) {
             Some((_, position)) => Some(position.event),
             None => self.ends.front().map(|(_, position)| position.event - 1),

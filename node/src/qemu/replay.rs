@@ -167,6 +167,46 @@ impl QemuSpan {
         })
     }
 
+    /// A span of a recording that is all in memory: from `start`, or power-on, to `end`.
+    pub fn of_parts(
+        manifest: Manifest,
+        contents: Contents,
+        log: &[Event],
+        start: Option<Root>,
+        end: &Root,
+        blocks: BlockCache,
+    ) -> Result<QemuSpan> {
+        let from = start.as_ref().map_or_else(Position::default, |root| root.position);
+        let to = end.position;
+        let all = to.event as usize..(to.event as usize + saving_reads(log, to.event as usize, to.icount));
+        let mut prologue = vec![];
+        log::encode(&mut prologue, &mut 0, &log[..log.len().min(256).min(from.event as usize)])?;
+        prologue.truncate(PROLOGUE_BYTES);
+        Ok(QemuSpan {
+            manifest,
+            contents,
+            events: log[from.event as usize..to.event as usize].to_vec(),
+            prologue,
+            skipped: BTreeSet::new(),
+            reads: log[all].to_vec(),
+            start,
+            from,
+            to,
+            digest: Some(end.digest),
+            end: None,
+            is_last: true,
+            blocks,
+        })
+    }
+
+    /// Events that a passing replay does not have: the saving of a state at `position`
+    /// caused them.
+    pub fn skip_saving(&mut self, position: Position) {
+        let at = position.event.saturating_sub(self.from.event) as usize;
+        let count = saving_reads(&self.events, at, position.icount) as u64;
+        self.skipped.extend(position.event..position.event + count);
+    }
+
     /// The recording's emulator.
     pub fn spec(&self) -> Result<&QemuSpec> {
         self.manifest.qemu().context("the recording is not QEMU's")
@@ -600,7 +640,8 @@ fn stuck_at(process: &mut Process, qmp: &mut Option<Qmp>) -> u64 {
     said.map_or(0, |said| pc_of(&said))
 }
 
-fn console(scratch: &Scratch) -> Result<Vec<u8>> {
+/// What a run has printed so far.
+pub fn console(scratch: &Scratch) -> Result<Vec<u8>> {
     use std::io::Read;
     let mut bytes = vec![];
     let file = File::open(scratch.path().join("console")).context("open the console's file")?;

@@ -2,7 +2,7 @@
 
 use crate::qemu::builds::QemuBuild;
 use crate::qemu::qmp::Qmp;
-use crate::qemu::replay::{QemuSpan, Run, Started, save};
+use crate::qemu::replay::{QemuSpan, Run, Started, console, save};
 use crate::qemu::snapshot::Captured;
 use anyhow::{Context, Result, bail};
 use serde_json::json;
@@ -102,6 +102,11 @@ impl Stepped {
     /// Runs a command of QEMU's monitor.
     pub fn human(&mut self, command: &str) -> Result<String> {
         self.qmp.human(command)
+    }
+
+    /// What the guest has printed so far.
+    pub fn console(&self) -> Result<Vec<u8>> {
+        console(&self.started.scratch)
     }
 
     /// The process behind it.

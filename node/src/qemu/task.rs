@@ -2,6 +2,7 @@
 
 use crate::blocks::BlockCache;
 use crate::qemu::builds::QemuBuild;
+use crate::qemu::doctor::ensure_able;
 use crate::qemu::hunt::{self, Side};
 use crate::qemu::replay::{self, QemuSpan};
 use crate::qemu::snapshot::Captured;
@@ -43,6 +44,10 @@ pub async fn run(means: &Means, task: &v1::Task, control: Control) -> Result<Tas
     let bounds = task.span.clone().context("the task names no span")?;
     let against = if task.against.is_empty() { &task.build } else { &task.against };
     let build = means.build(against)?;
+    ensure_able(&build.name, "replay")?;
+    if !bounds.snapshot_root.is_empty() {
+        ensure_able(&build.name, "restore")?;
+    }
     let span = QemuSpan::fetch(&means.store, &means.blocks, id, bounds).await?;
     let side_b = side_b(means, &span, &task.side_b).await?;
     match task.kind.as_str() {
