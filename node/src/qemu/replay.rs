@@ -110,7 +110,7 @@ impl QemuSpan {
             (true, Some(last)) => {
                 (Position { icount: last.icount, event: last.event }, Some(Hash::from_slice(&last.digest)?))
             }
-            (true, None) => (Position { icount: row.committed_icount, event: row.committed_events }, None),
+            (true, None) => (end_without_snapshot(store, id, &row).await?, None),
         };
         let end = row.snapshots.iter().find(|at| at.icount == to.icount && at.event == to.event);
         let end = end.map(|at| Hash::from_slice(&at.root)).transpose()?;
@@ -349,6 +349,28 @@ pub struct Started {
     pub feed: Feed,
 }
 
+/// Where a recording without a last snapshot is replayed to. One that QEMU closed itself
+/// ends with the guest's instruction that made it exit, which a replay would do again:
+/// it is parked before that.
+async fn end_without_snapshot(
+    store: &StoreClient,
+    id: RecordingId,
+    row: &v1::RecordingRow,
+) -> Result<Position> {
+    let whole = Position { icount: row.committed_icount, event: row.committed_events };
+    let tail = read_events(store, id, whole.event.saturating_sub(64), whole.event).await?;
+    if tail.last().is_none_or(|last| last.body != Body::End) {
+        return Ok(whole);
+    }
+    let is_closing = |event: &&Event| {
+        matches!(event.body, Body::End | Body::Qemu(QemuEvent::Shutdown { .. } | QemuEvent::Instruction))
+    };
+    let closing = tail.iter().rev().take_while(is_closing).count();
+    let before = tail.len().checked_sub(closing + 1).map_or(0, |last| tail[last].icount);
+    let icount = whole.icount.saturating_sub(1).max(before);
+    Ok(Position { icount, event: whole.event - closing as u64 })
+}
+
 /// Where the main loop may sleep. Not in a run that is stopped in the middle: it is the
 /// main loop that answers.
 fn write_holds(scratch: &Scratch, feed: &Feed) -> Result<PathBuf> {
@@ -522,7 +544,7 @@ pub fn replay(span: &QemuSpan, build: &QemuBuild, control: &Control) -> Result<R
     let coverage = if span.digest.is_some() {
         COVERAGE.to_string()
     } else {
-        "icount, events and roles; the recording was cut and has no digest at its end".to_string()
+        "icount, events and roles; the recording has no digest at its end".to_string()
     };
     let verdict = Verdict {
         outcome,

@@ -223,7 +223,7 @@ impl<'a> Planner<'a> {
 
     fn option(&mut self, name: &str, value: &str) -> Result<(), Refused> {
         let shown = || format!("-{name} {value}");
-        if FILES.contains(&name) {
+        if FILES.contains(&name) && !is_own_firmware(name, value) {
             let mark = self.file(value);
             self.push(name, mark);
             return Ok(());
@@ -241,7 +241,7 @@ impl<'a> Planner<'a> {
             "audiodev" if !value.starts_with("none") => {
                 refuse(shown(), "only -audiodev none is known to replay")
             }
-            _ if PLAIN.contains(&name) => {
+            _ if PLAIN.contains(&name) || FILES.contains(&name) => {
                 self.push(name, value);
                 Ok(())
             }
@@ -552,6 +552,11 @@ impl<'a> Planner<'a> {
     }
 }
 
+/// Whether a firmware option asks for none, or for what QEMU brings itself.
+fn is_own_firmware(name: &str, value: &str) -> bool {
+    name == "bios" && ["none", "default"].contains(&value)
+}
+
 fn is_one(key: &str, value: &str) -> bool {
     match (key, value) {
         (count, "") => count == "1",
@@ -629,9 +634,9 @@ pub fn check(spec: &QemuSpec) -> Result<(), Refused> {
             continue;
         }
         let Some(value) = arguments.next() else { return refuse(argument, "its value is missing") };
-        let is_file = FILES.contains(&name);
+        let is_file = FILES.contains(&name) && !is_own_firmware(name, value);
         let is_known = PLAIN.contains(&name)
-            || is_file
+            || FILES.contains(&name)
             || written.contains(&argument.as_str())
             || more.contains(&argument.as_str());
         if !is_known {
