@@ -8,6 +8,7 @@ use crate::scheduler::Scheduler;
 use anyhow::{Context, Result};
 use heddle_proto::manifest::Manifest;
 use heddle_proto::v1::coordinator_server::{Coordinator as Service, CoordinatorServer};
+use heddle_proto::verdict::SideB;
 use heddle_proto::{RecordingId, v1};
 use heddle_storage::{StoreClient, StoreError};
 use std::sync::Arc;
@@ -190,6 +191,8 @@ impl Coordinator {
         let (kind, spans) = match request.kind.as_str() {
             "replay" => (JobKind::Replay, request.spans.max(1) as usize),
             // Every snapshot is a border: the more spans, the nearer the first bad one begins.
+            // What is put in at power-on is in no snapshot of the recording's.
+            "hunt" if puts_in_files(&request.side_b)? => (JobKind::Hunt, 1),
             "hunt" => (JobKind::Hunt, row.snapshots.len() + 1),
             "index" if manifest.qemu().is_none() => {
                 return Err(Status::failed_precondition("the built-in machine records its snapshots itself"));
@@ -224,6 +227,16 @@ impl Coordinator {
             ended_unix_ms: 0,
         })
     }
+}
+
+/// Whether the other side of a hunt has other files or disks.
+fn puts_in_files(side_b: &[u8]) -> Result<bool, Status> {
+    if side_b.is_empty() {
+        return Ok(false);
+    }
+    let side: SideB = serde_json::from_slice(side_b)
+        .map_err(|error| Status::invalid_argument(format!("the hunt's other side: {error}")))?;
+    Ok(!side.files.is_empty() || !side.disks.is_empty())
 }
 
 fn job_row(job: &Job) -> v1::JobRow {

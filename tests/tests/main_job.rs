@@ -129,6 +129,7 @@ async fn the_coordinator_and_a_node_die_in_the_middle_of_a_job() {
         recording: id.to_vec().into(),
         spans: 3,
         against: String::new(),
+        ..Default::default()
     };
     coordinator.submit(request.clone()).await.unwrap();
     let job = async |state: &str| {

@@ -14,6 +14,8 @@ use heddle_proto::{Body, Event, QemuEvent, Role};
 pub struct Place {
     /// Its index in the recording.
     pub event: u64,
+    /// Offset of its kind byte: who reads there has executed all instructions before it.
+    pub start: u64,
     /// Offset behind its last byte: who reads there has handled it.
     pub end: u64,
 }
@@ -79,8 +81,9 @@ pub fn feed(
     let mut icount = bounds.icount;
     let mut overtaking: Vec<(u64, &Body)> = vec![];
     let put = |feed: &mut Feed, event: u64, body: &Body| {
+        let start = bounds.offset + feed.bytes.len() as u64;
         encode_body(&mut feed.bytes, body)?;
-        feed.places.push(Place { event, end: bounds.offset + feed.bytes.len() as u64 });
+        feed.places.push(Place { event, start, end: bounds.offset + feed.bytes.len() as u64 });
         Ok(())
     };
     for (at, event) in events.iter().enumerate() {
@@ -152,15 +155,16 @@ fn vcpu_only(events: &[Event], feed: &Feed) -> Vec<(u64, u64)> {
     ranges
 }
 
-/// From behind the event before `from` to the end of the last before `to`.
+/// From behind the event before `from` to where `to` begins: the instructions before it
+/// are the vCPU thread's, too.
 fn range<'e>(feed: &Feed, from: usize, to: usize, of: impl Fn(&Place) -> &'e Event) -> Option<(u64, u64)> {
     let has_shutdown = feed.places[from..to]
         .iter()
         .any(|place| matches!(of(place).body, Body::Qemu(QemuEvent::Shutdown { .. })));
     // A main loop that is awake would act on a shutdown sooner than it was recorded to.
-    (to - from >= RUN_EVENTS_MIN || has_shutdown).then(|| {
-        (from.checked_sub(1).map_or(feed.offset, |before| feed.places[before].end), feed.places[to - 1].end)
-    })
+    let start = from.checked_sub(1).map_or(feed.offset, |before| feed.places[before].end);
+    let end = feed.places.get(to).map_or(feed.end_offset(), |next| next.start);
+    (to - from >= RUN_EVENTS_MIN || has_shutdown).then_some((start, end))
 }
 
 impl Feed {
@@ -188,9 +192,9 @@ mod tests {
     #[test]
     fn a_shutdown_is_fed_behind_the_instructions_it_overtook() {
         let events = [
-            event(5, Body::Checkpoint(CheckpointKind::Init)),
+            Event { role: Role::Iothread, ..event(5, Body::Checkpoint(CheckpointKind::Init)) },
             event(5, Body::Qemu(QemuEvent::Shutdown { cause: 6 })),
-            event(9, Body::Checkpoint(CheckpointKind::ClockHost)),
+            Event { role: Role::Iothread, ..event(9, Body::Checkpoint(CheckpointKind::ClockHost)) },
         ];
         let bounds = FeedBounds { offset: 100, icount: 0, first_event: 7, to_icount: 11 };
         let fed = feed(&events, bounds, &|_| false, &[]).unwrap();
@@ -200,6 +204,8 @@ mod tests {
         assert_eq!(places, [(7, 106), (8, 112), (9, 113)]);
         assert_eq!(fed.end_offset(), 118);
         assert_eq!([fed.handled(106), fed.handled(107), fed.handled(119)], [0, 1, 3]);
+        // The main loop sleeps from the last event before it to the next that needs it.
+        assert_eq!(fed.vcpu_only, [(106, 112)]);
         // With nothing behind it, it still comes after all instructions.
         let fed = feed(&events[..2], FeedBounds { to_icount: 8, ..bounds }, &|_| false, &[]).unwrap();
         assert_eq!(fed.bytes, [0, 0, 0, 0, 5, 0x25, 0, 0, 0, 0, 3, 0x10, 0x27]);
