@@ -241,8 +241,10 @@ async fn wrong_input_ends_in_the_right_verdict() {
     let first = events.iter().zip(&wrong).position(|(x, y)| x != y).unwrap();
     assert_eq!(diff["event"].as_u64(), Some(first as u64), "{diff}");
     let card = p.heddle(&["hunt", "tick", "--log", "flipped", "-o", "json"]).await.expect(3).json();
+    // Its first effect: the guest's read of the clock, by a port.
     let found = card["finding"]["icount"].as_u64().unwrap();
-    assert!((events[first].icount..events[first].icount + 10).contains(&found), "{card}");
+    assert!(card["finding"]["instruction"].as_str().unwrap().starts_with("in"), "{card}");
+    assert!(found >= events[first].icount, "{card}");
 
     // Another memory size, another kernel, another build, a path of its own.
     let with = |name: &str, change: &dyn Fn(&mut Manifest)| {

@@ -14,6 +14,9 @@ const LOOK: Duration = Duration::from_millis(400);
 /// No progress in icount for so long: it will not come.
 const STUCK: Duration = Duration::from_millis(2500);
 
+/// A QEMU whose monitor failed and that lives on after so long has another trouble.
+const GONE: Duration = Duration::from_secs(2);
+
 /// Where a run came to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reached {
@@ -47,6 +50,16 @@ impl Stepped {
         if icount <= self.icount {
             return Ok(Reached::There);
         }
+        self.try_advance(icount).or_else(|error| {
+            // Its monitor fell silent because it ended.
+            match self.started.process.wait(GONE)? {
+                Some(status) => Ok(Reached::Ended(format!("{} ({status})", self.started.process.said()))),
+                None => Err(error),
+            }
+        })
+    }
+
+    fn try_advance(&mut self, icount: u64) -> Result<Reached> {
         self.qmp.events.clear();
         self.qmp.command("replay-break", json!({ "icount": icount }))?;
         self.qmp.command("cont", json!({}))?;

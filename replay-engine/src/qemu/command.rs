@@ -133,6 +133,9 @@ const REFUSED_DEVICES: [(&str, &str); 8] = [
     ("ivshmem", "shared memory has no replay hooks"),
 ];
 
+/// What stands for files in a recorded command line.
+const MARKS: [&str; 3] = ["{file:", "{disk:", "{scratch}"];
+
 /// `key=value` pairs of an option, commas doubled as QEMU has them.
 fn pairs(value: &str) -> Vec<(String, String)> {
     let mut parts = vec![String::new()];
@@ -172,11 +175,12 @@ fn join(pairs: &[(String, String)]) -> String {
 /// Takes the user's arguments, without the program, apart.
 pub fn plan(arguments: &[String], target: Target) -> Result<Plan, Refused> {
     let mut planner = Planner { target, ..Planner::new(target) };
+    let is_marked = |argument: &&String| MARKS.iter().any(|mark| argument.contains(mark));
+    if let Some(argument) = arguments.iter().find(is_marked) {
+        return refuse(argument, "it contains a mark that heddle uses for files");
+    }
     let mut arguments = arguments.iter();
     while let Some(argument) = arguments.next() {
-        if ["{file:", "{disk:", "{scratch}"].iter().any(|mark| argument.contains(mark)) {
-            return refuse(argument, "it contains a mark that heddle uses for files");
-        }
         let Some(name) = argument.strip_prefix("--").or_else(|| argument.strip_prefix('-')) else {
             planner.drive(&format!("file={},if=ide,index=0", argument.replace(',', ",,")))?;
             continue;
