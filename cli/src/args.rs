@@ -73,6 +73,9 @@ pub enum Command {
     Doctor(Doctor),
     /// Draw a recording: icount against host time, events by kind and role.
     Plot(Plot),
+    /// Measure, as ratios against named peers in the same run.
+    #[command(subcommand)]
+    Bench(Bench),
     /// Print a shell's completions.
     Completions {
         /// Which shell.
@@ -417,6 +420,33 @@ pub struct Plot {
     /// The picture: .svg or .png.
     #[arg(short = 'o', long = "out", value_name = "FILE")]
     pub out: PathBuf,
+}
+
+/// `heddle bench`.
+#[derive(Subcommand, Debug)]
+pub enum Bench {
+    /// Recording, storing and replaying Debian's Linux on QEMU.
+    Qemu(BenchQemu),
+}
+
+/// `heddle bench qemu`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct BenchQemu {
+    /// The guest's kernel.
+    #[arg(long, default_value = "target/guests/vmlinuz")]
+    pub kernel: PathBuf,
+    /// Its initramfs, as `tests/linux-guest` makes it.
+    #[arg(long, default_value = "target/guests/initrd")]
+    pub initrd: PathBuf,
+    /// Rounds of the computing guest.
+    #[arg(long, default_value_t = 150)]
+    pub rounds: u32,
+    /// Seconds the idle guest sleeps.
+    #[arg(long, default_value_t = 15)]
+    pub idle: u32,
+    /// Runs of each recording; the median counts.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
+    pub runs: u32,
 }
 
 /// `heddle diff`.

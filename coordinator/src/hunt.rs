@@ -72,7 +72,8 @@ fn after_spans(job: &mut Job) {
             }
             let mut span = job.tasks[bad].span.clone();
             if let Some(divergence) = divergence(&job.tasks[bad]) {
-                span.to_icount = divergence.position.icount.max(divergence.found.icount) + 1;
+                let to = divergence.position.icount.max(divergence.found.icount).saturating_add(1);
+                span.to_icount = if span.to_icount == 0 { to } else { to.min(span.to_icount) };
             }
             job.tasks.push(Task::new(Work::Lockstep, NARROWING, span));
             job.phase = NARROWING.into();

@@ -19,6 +19,8 @@ use tonic::{Request, Response, Status};
 
 /// Longest wait of a lease request for work.
 const LEASE_WAIT_MS_MAX: u64 = 5000;
+/// Longest description of a hunt's other side.
+const SIDE_B_BYTES_MAX: usize = 64 << 10;
 /// Most spans of a job.
 const SPANS_MAX: usize = 1024;
 
@@ -188,6 +190,15 @@ impl Coordinator {
             ));
         }
         let manifest = Manifest::decode(&row.manifest).map_err(|e| Status::data_loss(e.to_string()))?;
+        if request.side_b.len() > SIDE_B_BYTES_MAX {
+            return Err(Status::invalid_argument("the other side's description is too long"));
+        }
+        if request.kind != "hunt" && !request.side_b.is_empty() {
+            return Err(Status::invalid_argument("only a hunt has another side"));
+        }
+        if request.kind == "index" && !request.against.is_empty() {
+            return Err(Status::invalid_argument("an index is made by the recorded build"));
+        }
         let (kind, spans) = match request.kind.as_str() {
             "replay" => (JobKind::Replay, request.spans.max(1) as usize),
             // Every snapshot is a border: the more spans, the nearer the first bad one begins.

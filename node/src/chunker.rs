@@ -8,6 +8,8 @@ use tokio::sync::Notify;
 
 /// A chunk is closed at this many bytes of events, or after the linger, whichever first.
 const CHUNK_BYTES: usize = 64 << 10;
+/// Far below what a chunk may hold.
+pub(crate) const CHUNK_BYTES_MAX: usize = 1 << 20;
 /// How long an event may wait for its chunk to fill.
 pub const LINGER: Duration = Duration::from_millis(50);
 
@@ -41,7 +43,15 @@ impl Chunker {
     pub fn push(&self, events: Vec<Event>) {
         let mut inner = self.lock();
         inner.first_at.get_or_insert_with(Instant::now);
-        events.into_iter().for_each(|event| inner.builder.push(event));
+        let mut events = events.into_iter().peekable();
+        while let Some(event) = events.next() {
+            inner.builder.push(event);
+            // Many groups that come at once must not become one chunk beyond its bounds.
+            let is_border = events.peek().is_none_or(|next| !next.body.is_async());
+            if inner.builder.bytes() >= CHUNK_BYTES_MAX && is_border {
+                self.close(&mut inner);
+            }
+        }
         if inner.builder.bytes() >= CHUNK_BYTES {
             self.close(&mut inner);
         }

@@ -47,7 +47,10 @@ impl SnapshotQueue {
     /// Takes a snapshot.
     pub fn push(&self, snapshot: NewSnapshot) {
         self.waiting_bytes.fetch_add(snapshot.bytes(), Ordering::Relaxed);
-        let _ = self.sender.send(snapshot);
+        if self.sender.send(snapshot).is_err() {
+            // Nobody stores any more: the guest must not wait for that. The seal says why.
+            self.waiting_bytes.store(0, Ordering::Relaxed);
+        }
     }
 
     /// Whether the guest must pause.

@@ -1,13 +1,13 @@
 //! Recording a guest into the cluster, live.
 
 use crate::blocks::put_image;
-use crate::chunker::Chunker;
+use crate::chunker::{CHUNK_BYTES_MAX, Chunker};
 use crate::live::{Live, NewSnapshot, SnapshotQueue};
 use crate::outbox::{LeftBehind, left_behind, read_left_behind};
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use heddle_proto::manifest::{Image, MANIFEST_VERSION, MachineSpec, Manifest, Positions, Sleep};
-use heddle_proto::{AsyncEvent, Chunk, EmulatorSpec, Event, Hash, Position, RecordingId, v1};
+use heddle_proto::{AsyncEvent, Chunk, ChunkBuilder, EmulatorSpec, Event, Hash, Position, RecordingId, v1};
 use heddle_replay_engine::io::{self, RecordSink};
 use heddle_replay_engine::machine::loader::{self, Images};
 use heddle_replay_engine::{AsyncQueue, BUILTIN, Emulator, Snapshot};
@@ -318,22 +318,29 @@ fn aside(path: &Path, why: &str) -> String {
     format!("{} is kept: {why}", aside.display())
 }
 
-/// What a QEMU had written and its node not taken, as one more chunk.
-fn from_ring(ring: &Path, id: RecordingId, row: &v1::RecordingRow) -> Option<Chunk> {
+/// What a QEMU had written and its node not taken, as more chunks.
+fn from_ring(ring: &Path, id: RecordingId, row: &v1::RecordingRow) -> Vec<Chunk> {
     if !ring.exists() {
-        return None;
+        return vec![];
     }
-    let last = if row.last_chunk.is_empty() { Hash::ZERO } else { Hash::from_slice(&row.last_chunk).ok()? };
-    let events = match crate::qemu::record::left_in_ring(ring, row.committed_events) {
-        Ok(events) => events,
-        Err(error) => {
-            tracing::warn!("{error:#}");
-            return None;
+    let last = Hash::from_slice(&row.last_chunk).unwrap_or(Hash::ZERO);
+    let events = crate::qemu::pump::left_in_ring(ring, row.committed_events).unwrap_or_else(|error| {
+        let aside = ring.with_extension("ring.refused");
+        let _ = std::fs::rename(ring, &aside);
+        tracing::warn!("{} is kept: {error:#}", aside.display());
+        vec![]
+    });
+    let mut builder = ChunkBuilder::resume(id, row.committed_events, last);
+    let mut chunks = vec![];
+    for event in events {
+        let is_async = event.body.is_async();
+        builder.push(event);
+        if builder.bytes() >= CHUNK_BYTES_MAX && !is_async {
+            chunks.extend(builder.take());
         }
-    };
-    // More than one chunk holds can't be in a ring of its size.
-    (!events.is_empty() && events.len() <= heddle_proto::chunk::EVENTS_MAX)
-        .then(|| Chunk::encode(id, row.committed_events, last, &events))
+    }
+    chunks.extend(builder.take());
+    chunks
 }
 
 async fn deliver(store: &StoreClient, left: LeftBehind, ring: &Path) -> Result<u64, StoreError> {
@@ -357,10 +364,16 @@ async fn deliver(store: &StoreClient, left: LeftBehind, ring: &Path) -> Result<u
         while replies.message().await?.is_some() {}
     }
     let row = store.get(id).await?;
-    if let Some(chunk) = from_ring(ring, id, &row) {
-        let request =
-            v1::AppendRequest { recording: id.to_vec().into(), epoch: opened.epoch, chunk: chunk.bytes };
-        let mut replies = store.leader()?.append(tokio_stream::iter([request])).await?.into_inner();
+    let requests: Vec<v1::AppendRequest> = from_ring(ring, id, &row)
+        .into_iter()
+        .map(|chunk| v1::AppendRequest {
+            recording: id.to_vec().into(),
+            epoch: opened.epoch,
+            chunk: chunk.bytes,
+        })
+        .collect();
+    if !requests.is_empty() {
+        let mut replies = store.leader()?.append(tokio_stream::iter(requests)).await?.into_inner();
         while replies.message().await?.is_some() {}
     }
     let row = store.get(id).await?;

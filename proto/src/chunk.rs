@@ -309,6 +309,11 @@ impl ChunkBuilder {
         ChunkBuilder { recording, next_event: 0, previous: Hash::ZERO, events: vec![], bytes: 0 }
     }
 
+    /// Goes on behind chunks that are there: from event `next_event`, after chunk `previous`.
+    pub fn resume(recording: RecordingId, next_event: u64, previous: Hash) -> Self {
+        ChunkBuilder { recording, next_event, previous, events: vec![], bytes: 0 }
+    }
+
     /// Adds an event.
     pub fn push(&mut self, event: Event) {
         self.bytes += 8 + match &event.body {

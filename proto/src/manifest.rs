@@ -191,6 +191,11 @@ impl Manifest {
             EmulatorSpec::Qemu(spec) => {
                 let count = spec.arguments.len() as u64;
                 bound(count <= 1024, "arguments", count, "at most 1024")?;
+                for disk in &spec.disks {
+                    bound(disk.guest_bytes <= 64 << 40, "guest_bytes", disk.guest_bytes, "at most 64 TiB")?;
+                }
+                let memory = spec.memory_bytes;
+                bound(memory <= 64 << 30, "memory_bytes", memory, "at most 64 GiB")?;
                 let count = (spec.files.len() + spec.disks.len()) as u64;
                 return bound(count <= 64, "files and disks", count, "at most 64");
             }

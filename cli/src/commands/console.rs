@@ -141,12 +141,19 @@ fn read_console(
             continue;
         };
         pending.extend_from_slice(bytes);
-        while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
+        while let Some(end) = pending.iter().position(|byte| matches!(byte, b'\n' | b'\r')) {
             let line: Vec<u8> = pending.drain(..=end).collect();
             if prompts.recv().is_err() || input.blocking_send(line).is_err() {
                 return;
             }
         }
+    }
+    // A last line may have no end.
+    if let Some(prompts) = &prompts
+        && !pending.is_empty()
+        && prompts.recv().is_ok()
+    {
+        let _ = input.blocking_send(pending);
     }
 }
 

@@ -7,7 +7,7 @@ use crate::exit::{INCOMPATIBLE, OK, UNEXPECTED, USAGE, coded};
 use crate::output;
 use anyhow::{Context, Result};
 use heddle_node::blocks::BlockCache;
-use heddle_node::qemu::replay::QemuSpan;
+use heddle_node::qemu::span::QemuSpan;
 use heddle_node::qemu::stepped::{Reached, Stepped};
 use heddle_proto::v1;
 use serde_json::json;
@@ -42,7 +42,10 @@ pub async fn run(cluster: &Cluster, command: Debug, format: Format) -> Result<u8
     let session = tokio::task::spawn_blocking(move || -> Result<()> {
         let mut stepped = Stepped::start(&span, &build, false)?;
         // A place to go back to: reverse steps need a snapshot behind them.
-        stepped.human("savevm heddle-begin")?;
+        let said = stepped.human("savevm heddle-begin")?;
+        if !said.is_empty() {
+            return Err(coded(UNEXPECTED, format!("no place to go back to can be saved here: {said}")));
+        }
         match stepped.advance(at)? {
             Reached::There => {}
             Reached::Stuck(stuck) => {
@@ -59,6 +62,7 @@ pub async fn run(cluster: &Cluster, command: Debug, format: Format) -> Result<u8
             if leave.recv_timeout(std::time::Duration::from_millis(50)).is_ok() {
                 return Ok(());
             }
+            stepped.forget_marks()?;
             if stepped.started().process.try_wait()?.is_some() {
                 return Ok(());
             }

@@ -14,11 +14,11 @@ pub mod record_qemu;
 pub mod recordings;
 pub mod replay;
 
-use crate::args::{Args, Command, Record, Up};
+use crate::args::{Args, Bench, Command, Record, Up};
 use crate::cluster::Cluster;
 use crate::exit::OK;
 use crate::local::{LocalCluster, LocalConfig};
-use crate::{demo, serve};
+use crate::{bench, demo, serve};
 use anyhow::{Context, Result};
 use clap::CommandFactory;
 
@@ -30,6 +30,7 @@ pub async fn run(args: Args) -> Result<u8> {
         Command::Up(command) => return up(command).await,
         Command::Serve(command) => return serve::run(command).await.map(|()| OK),
         Command::Doctor(command) => return doctor::run(command, format).await,
+        Command::Bench(Bench::Qemu(command)) => return bench::qemu(command, format).await,
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "heddle", &mut std::io::stdout());
             return Ok(OK);
@@ -54,6 +55,7 @@ pub async fn run(args: Args) -> Result<u8> {
         | Command::Up(_)
         | Command::Serve(_)
         | Command::Doctor(_)
+        | Command::Bench(_)
         | Command::Completions { .. } => Ok(OK),
     };
     cluster.close().await;

@@ -66,6 +66,7 @@ pub async fn run(cluster: &Cluster, command: RecordQemu, format: Format) -> Resu
         "snapshots": recorded.snapshots,
         "exit_code": recorded.exit_code,
         "cut": recorded.is_cut,
+        "qemu_cpu_seconds": recorded.qemu_cpu_seconds,
         "kept": is_kept,
         "seconds": began.elapsed().as_secs_f64(),
     });

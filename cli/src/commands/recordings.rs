@@ -34,7 +34,22 @@ impl Recording {
 /// All recordings, oldest first.
 pub async fn all(store: &StoreClient) -> Result<Vec<Recording>> {
     let rows = store.list().await?;
-    let mut list = rows.into_iter().map(Recording::of).collect::<Result<Vec<_>>>()?;
+    let count = rows.len();
+    let (mut list, mut first_error) = (Vec::with_capacity(count), None);
+    for row in rows {
+        match Recording::of(row) {
+            Ok(recording) => list.push(recording),
+            Err(error) => first_error = first_error.or(Some(error)),
+        }
+    }
+    // One that can't be read must not hide the others.
+    match first_error {
+        Some(error) if list.is_empty() => return Err(error),
+        Some(error) => {
+            eprintln!("heddle: {} of {count} recordings are left out: {error:#}", count - list.len())
+        }
+        None => {}
+    }
     list.sort_by_key(|recording| (recording.manifest.created_unix_ms, recording.id()));
     Ok(list)
 }

@@ -9,7 +9,7 @@ use crate::output;
 use crate::progress::Progress;
 use anyhow::Result;
 use heddle_node::blocks::BlockCache;
-use heddle_node::qemu::replay::QemuSpan;
+use heddle_node::qemu::span::QemuSpan;
 use heddle_node::replay::{Control, Span};
 use heddle_proto::verdict::TaskResult;
 use heddle_proto::{Outcome, Verdict, v1};

@@ -4,11 +4,12 @@
 use crate::blocks::BlockCache;
 use crate::qemu::builds::QemuBuild;
 use crate::qemu::process::{Launch, Process};
-use crate::qemu::record::Pump;
-use crate::qemu::replay::{QemuSpan, replay};
+use crate::qemu::pump::Pump;
+use crate::qemu::replay::replay;
 use crate::qemu::ring::Mode;
 use crate::qemu::scratch::{Contents, Scratch};
 use crate::qemu::snapshot::{Tracker, capture};
+use crate::qemu::span::QemuSpan;
 use crate::replay::Control;
 use anyhow::{Context, Result, bail, ensure};
 use heddle_proto::manifest::MANIFEST_VERSION;

@@ -7,21 +7,23 @@
 //! input and no effect.
 
 use crate::qemu::builds::QemuBuild;
-use crate::qemu::difference::{Difference, difference};
-use crate::qemu::replay::{Overlay, QemuSpan};
+use crate::qemu::difference::{Difference, difference, page_hashes};
 use crate::qemu::snapshot::Captured;
+use crate::qemu::span::{Overlay, QemuSpan};
 use crate::qemu::stepped::{Reached, Stepped, differing, pc_of};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use heddle_proto::verdict::Finding;
-use heddle_proto::{Body, QemuEvent};
+use heddle_proto::{Body, Hash, QemuEvent};
 use heddle_replay_engine::page_tree::BlockSource;
 use heddle_replay_engine::qemu::vmstate::PAGE;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Stops of a round that compares registers: cheap.
 const REGISTER_PROBES: u64 = 48;
 /// Stops of a round that compares whole states: a third of a second each.
 const STATE_PROBES: u64 = 8;
+/// Effects beyond so many say no more.
+const EFFECTS_MAX: usize = 400;
 /// Lines of the card.
 const LINES_MAX: usize = 24;
 
@@ -225,9 +227,18 @@ fn split(a: &Side, x: &Captured, y: &Captured, inputs: &Inputs) -> Result<(Diffe
     let mut found = difference(&x.root, &y.root, &mut source)?;
     let mut copies = vec![];
     let mut effects = vec![];
+    let mut hashes: BTreeMap<String, [Vec<Hash>; 2]> = BTreeMap::new();
     for (block, address) in std::mem::take(&mut found.pages) {
+        if effects.len() > EFFECTS_MAX {
+            break;
+        }
         let page = (address / PAGE as u64) as usize;
-        let (p, q) = (page_of(x, &block, page, &mut source)?, page_of(y, &block, page, &mut source)?);
+        if !hashes.contains_key(&block) {
+            let both = [hashes_of(x, &block, &mut source)?, hashes_of(y, &block, &mut source)?];
+            hashes.insert(block.clone(), both);
+        }
+        let [of_x, of_y] = &hashes[&block];
+        let (p, q) = (page_of(of_x[page], &mut source)?, page_of(of_y[page], &mut source)?);
         if inputs.explain(&p, &q) {
             copies.push(format!("page {block} {address:#x}"));
         } else {
@@ -238,15 +249,17 @@ fn split(a: &Side, x: &Captured, y: &Captured, inputs: &Inputs) -> Result<(Diffe
     Ok((found, copies))
 }
 
-fn page_of(state: &Captured, block: &str, page: usize, source: &mut dyn BlockSource) -> Result<Vec<u8>> {
-    let (_, bytes, tree) =
-        state.root.ram.iter().find(|(name, _, _)| name == block).context("the RAM block is there")?;
-    let hashes = crate::qemu::difference::page_hashes(*bytes, *tree, source)?;
-    let hash = hashes[page];
-    if hash == heddle_proto::Hash::ZERO {
+fn hashes_of(state: &Captured, block: &str, source: &mut dyn BlockSource) -> Result<Vec<Hash>> {
+    let found = state.root.ram.iter().find(|(name, _, _)| name == block);
+    let (_, bytes, tree) = found.context("the RAM block is there")?;
+    page_hashes(*bytes, *tree, source)
+}
+
+fn page_of(hash: Hash, source: &mut dyn BlockSource) -> Result<Vec<u8>> {
+    if hash == Hash::ZERO {
         return Ok(vec![0; PAGE]);
     }
-    let found = source.blocks(&[hash]).map_err(|error| anyhow::anyhow!(error))?;
+    let found = source.blocks(&[hash]).map_err(|error| anyhow!(error))?;
     Ok(found.into_iter().next().unwrap_or_default())
 }
 

@@ -112,7 +112,7 @@ impl Process {
             .process_group(0);
         let child = command.spawn().with_context(|| format!("start {}", launch.program.display()))?;
         let mut process = Process { child, ring, qmp_path, stderr, _core: None };
-        process.limit(launch.memory_bytes);
+        process.limit(launch.memory_bytes, launch.mode);
         if launch.is_pinned {
             process._core = process.pin();
         }
@@ -124,12 +124,14 @@ impl Process {
         Pid::from_child(&self.child)
     }
 
-    fn limit(&self, memory_bytes: u64) {
+    fn limit(&self, memory_bytes: u64, mode: Mode) {
         let memory = memory_bytes.saturating_mul(2).saturating_add(OWN_MEMORY_BYTES);
+        // A recording may run for as long as its user likes.
+        let cpu = (mode == Mode::Replay).then_some(CPU_SECONDS_MAX);
         for (resource, limit) in
-            [(Resource::As, memory), (Resource::Cpu, CPU_SECONDS_MAX), (Resource::Core, 0)]
+            [(Resource::As, Some(memory)), (Resource::Cpu, cpu), (Resource::Core, Some(0))]
         {
-            let limit = Rlimit { current: Some(limit), maximum: Some(limit) };
+            let limit = Rlimit { current: limit, maximum: limit };
             // A host that bounds it lower already keeps its own bound.
             let _ = rustix::process::prlimit(Some(self.pid()), resource, limit);
         }
@@ -196,6 +198,15 @@ impl Process {
     /// The process id, for tests and people.
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// User and system seconds so far; `None` once it has ended.
+    pub fn cpu_seconds(&self) -> Option<f64> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).ok()?;
+        // Behind the name, which may hold anything but the last bracket.
+        let mut fields = stat.rsplit(')').next()?.split_whitespace().skip(11);
+        let mut ticks = || fields.next()?.parse::<f64>().ok();
+        Some((ticks()? + ticks()?) / rustix::param::clock_ticks_per_second() as f64)
     }
 
     /// Standard input, if it is a pipe.

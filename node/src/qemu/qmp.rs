@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 /// A QEMU that answers nothing for so long is stuck: a replay holds its locks while it waits.
 const ANSWER: Duration = Duration::from_secs(20);
+/// The same while it saves its state.
+const SAVING: Duration = Duration::from_secs(900);
 const CONNECT_POLL: Duration = Duration::from_millis(2);
 /// Longest answer: register dumps are a few KiB.
 const LINE_BYTES_MAX: u64 = 16 << 20;
@@ -140,7 +142,11 @@ impl Qmp {
     /// Saves the VM state under `name`; false if async events are queued, with which
     /// QEMU refuses.
     pub fn try_save(&mut self, name: &str) -> Result<bool> {
-        match self.human(&format!("savevm {name}"))?.as_str() {
+        // Gigabytes are written and flushed before it answers.
+        self.stream.set_read_timeout(Some(SAVING)).context("set a time limit")?;
+        let said = self.human(&format!("savevm {name}"));
+        self.stream.set_read_timeout(Some(ANSWER)).context("set a time limit")?;
+        match said?.as_str() {
             "" => Ok(true),
             said if said.contains("Try once more later") => Ok(false),
             said => bail!("QEMU does not save its state: {said}"),

@@ -10,9 +10,10 @@ use crate::live::{Live, NewSnapshot, SnapshotQueue};
 use crate::qemu::builds::QemuBuild;
 use crate::qemu::doctor::ensure_able;
 use crate::qemu::process::{Launch, Process};
+use crate::qemu::pump::Pump;
 use crate::qemu::qcow2::Qcow2;
 use crate::qemu::qmp::Qmp;
-use crate::qemu::ring::{Mode, Ring, Stage};
+use crate::qemu::ring::{Mode, Stage};
 use crate::qemu::scratch::Scratch;
 use crate::qemu::snapshot::{Captured, Tracker, capture, discard};
 use crate::record::{AbortOnDrop, Console, Watermarks};
@@ -20,12 +21,12 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes;
 use heddle_proto::manifest::{Image, MANIFEST_VERSION};
 use heddle_proto::qemu::{QemuDisk, QemuSpec, RoleSource};
-use heddle_proto::{Body, EmulatorSpec, Event, Hash, Manifest, Position, QemuEvent, RecordingId, Role, v1};
+use heddle_proto::{EmulatorSpec, Hash, Manifest, Position, RecordingId, v1};
 use heddle_replay_engine::qemu::command::{self, Plan, Target};
 use heddle_replay_engine::qemu::log::{Decoder, HEADER_BYTES};
-use heddle_replay_engine::qemu::roles::Marks;
+use heddle_replay_engine::qemu::recorded;
 use heddle_storage::StoreClient;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -33,11 +34,13 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::mpsc as threads;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How often the ring is looked at: far below the chunker's linger, far above a wake-up's cost.
 const PUMP: Duration = Duration::from_millis(4);
 const CONNECT: Duration = Duration::from_secs(20);
+/// How often QEMU is asked whether it still runs.
+const LOOK: Duration = Duration::from_millis(250);
 /// A QEMU that was told to quit and does not is killed: what it logged is here.
 const QUIT: Duration = Duration::from_secs(10);
 /// A QEMU whose monitor failed and that lives on after so long has another trouble.
@@ -79,6 +82,8 @@ pub struct QemuRecorded {
     pub is_cut: bool,
     /// Snapshots taken.
     pub snapshots: u64,
+    /// User and system seconds of QEMU's.
+    pub qemu_cpu_seconds: f64,
     /// What was added to the command line.
     pub notes: Vec<String>,
     /// What QEMU said on standard error.
@@ -146,7 +151,7 @@ pub async fn prepare(store: &StoreClient, request: &QemuRequest) -> Result<Prepa
         memory_bytes: plan.memory_bytes,
     };
     // A replay anywhere must be able to run it: the same checks as theirs.
-    command::check(&spec)?;
+    recorded::check(&spec.arguments)?;
     let manifest = Manifest {
         version: MANIFEST_VERSION,
         id: RecordingId(rand::random()),
@@ -289,122 +294,10 @@ pub async fn record(
         exit_code: done.exit_code,
         is_cut: done.is_cut,
         snapshots: done.snapshots,
+        qemu_cpu_seconds: done.cpu_seconds,
         notes,
         said,
     })
-}
-
-/// Turns the ring's bytes into events.
-pub(crate) struct Pump {
-    decoder: Decoder,
-    marks: Marks,
-    read: u64,
-    /// Events of a group whose last is an async one: a chunk may not end there.
-    group: Vec<Event>,
-    events: u64,
-    icount: u64,
-    /// Offset and position behind each event that the outbox may not have yet.
-    ends: VecDeque<(u64, Position)>,
-    has_shutdown: bool,
-}
-
-impl Pump {
-    pub(crate) fn new(decoder: Decoder, from: u64, position: Position) -> Pump {
-        Pump {
-            decoder,
-            marks: Marks::default(),
-            read: from,
-            group: vec![],
-            events: position.event,
-            icount: position.icount,
-            ends: VecDeque::new(),
-            has_shutdown: false,
-        }
-    }
-
-    /// Takes what is new; the groups of events that are complete.
-    pub(crate) fn take(&mut self, ring: &mut Ring) -> Result<Vec<Event>> {
-        let bytes = ring.read(self.read)?;
-        for (offset, thread) in ring.take_marks()? {
-            self.marks.push(offset, thread);
-        }
-        self.read += bytes.len() as u64;
-        self.decoder.push(&bytes);
-        let mut complete = vec![];
-        while let Some(located) = self.decoder.next_event() {
-            let role = self.marks.at(located.start).and_then(|thread| thread.role());
-            let role = role.unwrap_or(Role::Iothread);
-            self.events += 1;
-            self.icount = located.icount;
-            self.has_shutdown |= matches!(located.body, Body::Qemu(QemuEvent::Shutdown { .. }));
-            let position = Position { icount: located.icount, event: self.events };
-            self.ends.push_back((located.end, position));
-            let is_async = located.body.is_async();
-            self.group.push(Event { icount: located.icount, role, body: located.body });
-            if !is_async {
-                complete.append(&mut self.group);
-            }
-        }
-        Ok(complete)
-    }
-
-    /// At the end: what is left, whole events only.
-    pub(crate) fn finish(&mut self) -> Vec<Event> {
-        let mut rest = std::mem::take(&mut self.group);
-        for located in self.decoder.finish() {
-            if matches!(located.body, Body::Qemu(QemuEvent::Raw { .. })) && !self.decoder.is_raw() {
-                break;
-            }
-            let role = self.marks.at(located.start).and_then(|thread| thread.role());
-            if matches!(located.body, Body::Qemu(QemuEvent::Raw { .. })) {
-                continue;
-            }
-            self.events += 1;
-            self.icount = located.icount;
-            rest.push(Event { icount: located.icount, role: role.unwrap_or(Role::Vcpu), body: located.body });
-        }
-        rest
-    }
-
-    /// Where the log stands.
-    pub(crate) fn position(&self) -> Position {
-        Position { icount: self.icount, event: self.events }
-    }
-
-    /// The number of events before `offset`, as far back as they are remembered.
-    pub(crate) fn event_at(&self, offset: u64) -> Option<u64> {
-        match self.ends.iter().rev().find(|(end, _)| *end <= offset) {
-            Some((_, position)) => Some(position.event),
-            None => self.ends.front().map(|(_, position)| position.event - 1),
-        }
-    }
-
-    /// Forgets events up to `written`; where the last of them ended.
-    fn written(&mut self, written: u64) -> Option<(u64, Position)> {
-        let mut last = None;
-        while self.ends.front().is_some_and(|(_, position)| position.event <= written) {
-            last = self.ends.pop_front();
-        }
-        last
-    }
-}
-
-/// Events that a dead node left in its ring, from event `from` on; whole ones only.
-pub(crate) fn left_in_ring(path: &Path, from: u64) -> Result<Vec<Event>> {
-    let mut ring = Ring::open(path)?;
-    let (offset, position) = (ring.taken(), ring.position()?);
-    // Before anything was given back, the log begins behind its header.
-    let offset = offset.max(HEADER_BYTES);
-    let mut pump = Pump::new(Decoder::new(ring.dialect()?, offset, position.icount), offset, position);
-    for (offset, thread) in ring.all_marks()? {
-        pump.marks.push(offset, thread);
-    }
-    let mut events = pump.take(&mut ring)?;
-    events.extend(pump.finish());
-    let known = from.checked_sub(position.event);
-    let known = known.with_context(|| format!("{} begins behind event {from}", path.display()))?;
-    events.drain(..(known as usize).min(events.len()));
-    Ok(events)
 }
 
 struct Done {
@@ -413,6 +306,7 @@ struct Done {
     exit_code: u16,
     is_cut: bool,
     snapshots: u64,
+    cpu_seconds: f64,
 }
 
 struct Driver {
@@ -443,6 +337,9 @@ struct Course {
     saved: u32,
     digest: Option<Hash>,
     snapshots: u64,
+    cpu_seconds: f64,
+    /// When QEMU was last asked whether it still runs.
+    looked: Instant,
 }
 
 impl Driver {
@@ -460,6 +357,8 @@ impl Driver {
             saved: 0,
             digest: None,
             snapshots: 0,
+            cpu_seconds: 0.0,
+            looked: Instant::now(),
         };
         let status = loop {
             match self.step(&mut course, process, scratch) {
@@ -484,7 +383,12 @@ impl Driver {
             return Ok(Some(status));
         }
         if course.capturing.as_ref().is_some_and(|capturing| capturing.thread.is_finished()) {
-            self.finish_capture(course)?;
+            if let Err(error) = self.finish_capture(course) {
+                tracing::warn!("a snapshot is lost: {error:#}");
+                course.digest = None;
+                // What it had seen was not stored: the next one begins anew.
+                course.tracker = Some(Tracker::default());
+            }
             if course.is_ending {
                 let _ = course.qmp.command("quit", serde_json::json!({}));
                 let status = process.wait(QUIT)?.context("QEMU did not quit when told to")?;
@@ -494,20 +398,23 @@ impl Driver {
         if course.is_ending {
             return Ok(None);
         }
+        course.cpu_seconds = process.cpu_seconds().unwrap_or(course.cpu_seconds);
         self.pause_if_full(&mut course.qmp, &mut course.is_paused)?;
         let asked = self.stop.load(Ordering::Relaxed);
         course.stop_code = (asked != NO_STOP).then_some(asked);
-        let has_stopped = std::mem::take(&mut course.pump.has_shutdown)
-            && !matches!(course.qmp.status()?.as_str(), "running" | "paused");
+        // Not every stop is in the log, and one that is may be there before it is done.
+        let is_time = course.looked.elapsed() > LOOK;
+        let asks = is_time || std::mem::take(&mut course.pump.has_shutdown);
+        let has_stopped = asks && {
+            course.looked = Instant::now();
+            !matches!(course.qmp.status()?.as_str(), "running" | "paused" | "suspended")
+        };
         let wants_final = has_stopped || asked != NO_STOP;
         let is_due = wants_final || course.pump.icount >= course.next_snapshot;
         if is_due && course.capturing.is_none() && (wants_final || !course.is_paused) {
             self.save(course, process, scratch, wants_final)?;
-            // Whatever else becomes of it, this shutdown was seen.
-            course.pump.has_shutdown |= has_stopped && !course.is_ending;
-        } else {
-            course.pump.has_shutdown |= has_stopped;
         }
+        course.pump.has_shutdown |= has_stopped && !course.is_ending;
         Ok(None)
     }
 
@@ -525,7 +432,16 @@ impl Driver {
         let name = format!("heddle-{}", course.saved);
         let is_saved = course.qmp.try_save(&name).context("save the guest's state")?;
         self.pump(&mut course.pump, process, true)?;
-        if !is_final || !is_saved {
+        let is_off = !matches!(course.qmp.status()?.as_str(), "running" | "paused");
+        if !is_saved && is_off {
+            // Switched off with async events queued, which nothing will ever take: it ends
+            // without a last state.
+            course.is_ending = true;
+            course.digest = None;
+            let _ = course.qmp.command("quit", serde_json::json!({}));
+            return Ok(());
+        }
+        if !is_off && (!is_final || !is_saved) {
             course.qmp.command("cont", serde_json::json!({}))?;
         }
         if !is_saved {
@@ -576,6 +492,7 @@ impl Driver {
             exit_code: course.stop_code.unwrap_or(exit_code),
             is_cut: process.ring.stage()? != Stage::Closed,
             snapshots: course.snapshots,
+            cpu_seconds: course.cpu_seconds,
         })
     }
 

@@ -1,10 +1,12 @@
 //! A run's own directory: what its command line names is put there, and nothing else.
 
+use crate::qemu::qcow2::Qcow2;
 use crate::qemu::snapshot::{Root, restore, write_empty, write_overlay};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use heddle_proto::qemu::QemuSpec;
 use heddle_replay_engine::page_tree::BlockSource;
-use heddle_replay_engine::qemu::command;
+use heddle_replay_engine::qemu::recorded;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tempfile::TempDir;
@@ -25,6 +27,19 @@ pub struct Contents {
     pub files: Vec<Arc<[u8]>>,
     /// Disks' contents at the start.
     pub disks: Vec<Arc<[u8]>>,
+}
+
+/// A stored disk must not name another file: QEMU would open it on this host.
+fn check_base(path: &Path, format: &str) -> Result<()> {
+    match format {
+        "raw" => Ok(()),
+        "qcow2" => {
+            let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
+            ensure!(!Qcow2::open(&file)?.has_backing, "a stored disk names a file of the host");
+            Ok(())
+        }
+        other => bail!("a stored disk is {other}; raw and qcow2 are known"),
+    }
 }
 
 impl Scratch {
@@ -68,6 +83,9 @@ impl Scratch {
         for (path, bytes) in scratch.bases.iter().zip(&contents.disks) {
             write(path, bytes)?;
         }
+        for (path, disk) in scratch.bases.iter().zip(&spec.disks) {
+            check_base(path, &disk.format)?;
+        }
         match root {
             None => scratch.power_on(spec)?,
             Some((root, source)) => {
@@ -102,6 +120,6 @@ impl Scratch {
         let name = |path: &PathBuf| PathBuf::from(path.file_name().unwrap_or_default());
         let files: Vec<PathBuf> = self.files.iter().map(name).collect();
         let overlays: Vec<PathBuf> = self.overlays.iter().map(name).collect();
-        Ok(command::arguments(spec, &files, &overlays, Path::new("."))?)
+        Ok(recorded::arguments(spec, &files, &overlays, Path::new("."))?)
     }
 }

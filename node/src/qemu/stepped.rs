@@ -2,8 +2,9 @@
 
 use crate::qemu::builds::QemuBuild;
 use crate::qemu::qmp::Qmp;
-use crate::qemu::replay::{QemuSpan, Run, Started, console, save};
-use crate::qemu::snapshot::Captured;
+use crate::qemu::replay::console;
+use crate::qemu::snapshot::{Captured, Tracker, capture, discard};
+use crate::qemu::span::{QemuSpan, Run, Started};
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ const CONNECT: Duration = Duration::from_secs(20);
 /// How long to wait for a stop before the icount is asked for.
 const LOOK: Duration = Duration::from_millis(400);
 /// No progress in icount for so long: it will not come.
-const STUCK: Duration = Duration::from_millis(2500);
+const STUCK: Duration = Duration::from_secs(5);
 
 /// A QEMU whose monitor failed and that lives on after so long has another trouble.
 const GONE: Duration = Duration::from_secs(2);
@@ -34,6 +35,7 @@ pub struct Stepped {
     qmp: Qmp,
     /// Instructions executed.
     pub icount: u64,
+    saved: u32,
 }
 
 impl Stepped {
@@ -42,7 +44,7 @@ impl Stepped {
         let run = Run { is_pinned, is_stopped: true, extra: vec![] };
         let mut started = span.start(build, &run)?;
         let qmp = started.process.qmp(CONNECT)?;
-        Ok(Stepped { started, qmp, icount: span.from.icount })
+        Ok(Stepped { started, qmp, icount: span.from.icount, saved: 0 })
     }
 
     /// Runs to `icount` and stops there.
@@ -73,6 +75,7 @@ impl Stepped {
                 // The guest switched itself off first.
                 return Ok(Reached::Stuck(self.icount));
             }
+            self.forget_marks()?;
             if let Some(status) = self.started.process.try_wait()? {
                 return Ok(Reached::Ended(format!("{} ({status})", self.started.process.said())));
             }
@@ -86,6 +89,11 @@ impl Stepped {
                 return Ok(Reached::Stuck(at));
             }
         }
+    }
+
+    /// Makes room for the tap's marks, which nobody reads here: without it QEMU would wait.
+    pub fn forget_marks(&mut self) -> Result<()> {
+        self.started.process.ring.take_marks().map(drop)
     }
 
     /// All registers of all vCPUs, as QEMU prints them.
@@ -105,11 +113,16 @@ impl Stepped {
     /// The state, taken apart. `None` while async events are queued, with which QEMU
     /// saves nothing.
     pub fn capture(&mut self) -> Result<Option<Captured>> {
-        if !self.qmp.try_save("heddle-probe")? {
+        // A name of its own each time: deleting a state would wait for the guest's requests.
+        self.saved += 1;
+        let name = format!("heddle-{}", self.saved);
+        if !self.qmp.try_save(&name)? {
             return Ok(None);
         }
-        self.qmp.human("delvm heddle-probe")?;
-        save(&mut self.qmp, &self.started.scratch).map(Some)
+        let (vm_state, overlays) = (self.started.scratch.vm_state(), &self.started.scratch.overlays);
+        let captured = capture(&mut Tracker::default(), &name, &vm_state, overlays)?;
+        discard(&name, &vm_state)?;
+        Ok(Some(captured))
     }
 
     /// Runs a command of QEMU's monitor.

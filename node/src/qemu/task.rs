@@ -4,13 +4,14 @@ use crate::blocks::BlockCache;
 use crate::qemu::builds::QemuBuild;
 use crate::qemu::doctor::ensure_able;
 use crate::qemu::hunt::{self, Side};
-use crate::qemu::replay::{self, QemuSpan};
+use crate::qemu::replay;
 use crate::qemu::snapshot::Captured;
+use crate::qemu::span::QemuSpan;
 use crate::qemu::stepped;
 use crate::replay::Control;
 use anyhow::{Context, Result, bail, ensure};
 use heddle_proto::verdict::{SideB, TaskResult};
-use heddle_proto::{RecordingId, v1};
+use heddle_proto::{Body, QemuEvent, RecordingId, v1};
 use heddle_storage::StoreClient;
 use std::sync::atomic::Ordering;
 use tokio::runtime::Handle;
@@ -131,6 +132,8 @@ fn places(span: &QemuSpan, count: usize) -> Vec<Vec<u64>> {
     let events = &span.events;
     let cost = |at: usize| u128::from(events[at].icount) + at as u128 * EVENT_COST;
     let gaps: Vec<usize> = (0..events.len().saturating_sub(1))
+        // Not behind a shutdown, whose instructions come after it.
+        .filter(|at| !matches!(events[*at].body, Body::Qemu(QemuEvent::Shutdown { .. })))
         .filter(|at| events[at + 1].icount > events[*at].icount + 1)
         .collect();
     let Some(whole) = events.len().checked_sub(1).map(cost) else { return vec![] };

@@ -5,7 +5,7 @@
 //! `{disk:N}` behind `blkreplay`, network devices get a `filter-replay`.
 
 use super::log::Dialect;
-use heddle_proto::QemuSpec;
+use super::recorded::check;
 use std::path::PathBuf;
 
 /// Why a command line can't be recorded, and what to use instead.
@@ -18,7 +18,7 @@ pub struct Refused {
     pub why: String,
 }
 
-fn refuse<T>(what: impl Into<String>, why: impl Into<String>) -> Result<T, Refused> {
+pub(super) fn refuse<T>(what: impl Into<String>, why: impl Into<String>) -> Result<T, Refused> {
     Err(Refused { what: what.into(), why: why.into() })
 }
 
@@ -66,7 +66,7 @@ impl Target<'_> {
 }
 
 /// Options without a value that change nothing outside the guest.
-const FLAGS: [&str; 9] = [
+pub(super) const FLAGS: [&str; 9] = [
     "nographic",
     "no-reboot",
     "no-hpet",
@@ -78,12 +78,14 @@ const FLAGS: [&str; 9] = [
     "nodefconfig",
 ];
 /// Options whose value stays as it is.
-const PLAIN: [&str; 13] = [
+pub(super) const PLAIN: [&str; 13] = [
     "cpu", "append", "boot", "uuid", "global", "vga", "k", "seed", "audiodev", "watchdog", "name", "g",
     "action",
 ];
+/// Properties of a machine that name files of the host.
+pub(super) const MACHINE_FILES: [&str; 5] = ["kernel", "initrd", "dtb", "firmware", "dumpdtb"];
 /// Options whose value is a file.
-const FILES: [&str; 5] = ["kernel", "initrd", "bios", "dtb", "option-rom"];
+pub(super) const FILES: [&str; 5] = ["kernel", "initrd", "bios", "dtb", "option-rom"];
 const DRIVE_LETTERS: [&str; 4] = ["hda", "hdb", "hdc", "hdd"];
 /// Options that can't be recorded, and what to do instead.
 const REFUSED: [(&str, &str); 33] = [
@@ -133,11 +135,16 @@ const REFUSED_DEVICES: [(&str, &str); 8] = [
     ("ivshmem", "shared memory has no replay hooks"),
 ];
 
+/// Why a device can't be recorded, if it can't.
+pub(super) fn refused_device(name: &str) -> Option<&'static str> {
+    REFUSED_DEVICES.iter().find(|(refused, _)| name.starts_with(refused)).map(|(_, why)| *why)
+}
+
 /// What stands for files in a recorded command line.
 const MARKS: [&str; 3] = ["{file:", "{disk:", "{scratch}"];
 
 /// `key=value` pairs of an option, commas doubled as QEMU has them.
-fn pairs(value: &str) -> Vec<(String, String)> {
+pub(super) fn pairs(value: &str) -> Vec<(String, String)> {
     let mut parts = vec![String::new()];
     let mut chars = value.chars().peekable();
     while let Some(c) = chars.next() {
@@ -167,7 +174,7 @@ fn take(pairs: &mut Vec<(String, String)>, key: &str) -> Option<String> {
 fn join(pairs: &[(String, String)]) -> String {
     let one = |(key, value): &(String, String)| {
         let value = value.replace(',', ",,");
-        if value.is_empty() { key.clone() } else { format!("{key}={value}") }
+        if value.is_empty() && key != "romfile" { key.clone() } else { format!("{key}={value}") }
     };
     pairs.iter().map(one).collect::<Vec<_>>().join(",")
 }
@@ -317,11 +324,18 @@ impl<'a> Planner<'a> {
         take(&mut given, "accel");
         let named = take(&mut given, "type");
         let first = given.first().filter(|(_, value)| value.is_empty()).map(|(key, _)| key.clone());
-        self.plan.machine = named.clone().or(first).unwrap_or_default();
+        if let Some(name) = named.clone().or(first) {
+            self.plan.machine = name;
+        }
+        if let Some((key, _)) = given.iter().find(|(key, _)| MACHINE_FILES.contains(&key.as_str())) {
+            return refuse(format!("-machine {key}="), "give the file as an option of its own");
+        }
         if let Some(named) = named {
             given.insert(0, (named, String::new()));
         }
-        self.push("machine", join(&given));
+        if !given.is_empty() {
+            self.push("machine", join(&given));
+        }
         Ok(())
     }
 
@@ -394,8 +408,11 @@ impl<'a> Planner<'a> {
                 return refuse(what(), "writes to flash are not recorded; use readonly=on, or -bios");
             }
             let mark = self.file(&path);
-            let format = format.unwrap_or_else(|| "raw".into());
-            self.push("drive", format!("file={mark},if=pflash,format={format},{}", join(&given)));
+            let unit = take(&mut given, "unit").map_or(String::new(), |unit| format!(",unit={unit}"));
+            if format.is_some_and(|format| format != "raw") {
+                return refuse(what(), "flash is read as raw");
+            }
+            self.push("drive", format!("file={mark},if=pflash,format=raw,readonly=on{unit}"));
             return Ok(());
         }
         let is_cdrom = take(&mut given, "media").as_deref() == Some("cdrom");
@@ -421,6 +438,9 @@ impl<'a> Planner<'a> {
         }
         let number = self.plan.disks.len();
         let id = id.unwrap_or_else(|| format!("heddle-disk{number}"));
+        if id.contains(',') {
+            return refuse(what(), "its id has a comma");
+        }
         self.plan.disks.push(Disk { path: PathBuf::from(path), format });
         self.push("drive", format!("file={{disk:{number}}},if=none,format=qcow2,id={id}-image"));
         self.push("drive", format!("driver=blkreplay,if=none,image={id}-image,id={id}"));
@@ -447,15 +467,26 @@ impl<'a> Planner<'a> {
     }
 
     fn device(&mut self, value: &str) -> Result<(), Refused> {
+        if value.starts_with('{') {
+            return refuse(format!("-device {value}"), "give it as NAME,key=value");
+        }
         let mut given = pairs(value);
+        if let Some(driver) = take(&mut given, "driver") {
+            given.insert(0, (driver, String::new()));
+        }
         let name = given.first().map(|(name, _)| name.clone()).unwrap_or_default();
-        if let Some((_, why)) = REFUSED_DEVICES.iter().find(|(refused, _)| name.starts_with(refused)) {
-            return refuse(format!("-device {name}"), *why);
+        if let Some(why) = refused_device(&name) {
+            return refuse(format!("-device {name}"), why);
         }
         for key in ["file", "romfile"] {
-            if let Some(path) = take(&mut given, key).filter(|path| !path.is_empty()) {
-                let mark = self.file(&path);
-                given.push((key.into(), mark));
+            match take(&mut given, key) {
+                // An empty one means none, and is not the same as none given.
+                Some(path) if path.is_empty() => given.push((key.into(), path)),
+                Some(path) => {
+                    let mark = self.file(&path);
+                    given.push((key.into(), mark));
+                }
+                None => {}
             }
         }
         if let Some((key, _)) = given.iter().find(|(_, value)| value.starts_with('/')) {
@@ -479,6 +510,13 @@ impl<'a> Planner<'a> {
         let Some(id) = id else { return refuse(format!("-netdev {value}"), "it has no id") };
         if kind != "user" {
             return refuse(format!("-netdev {value}"), "only user networking can be replayed elsewhere");
+        }
+        let reaching = ["hostfwd", "guestfwd", "smb", "tftp", "bootfile"];
+        if let Some((key, _)) = given.iter().find(|(key, _)| reaching.contains(&key.as_str())) {
+            return refuse(format!("-netdev {key}="), "a replay elsewhere must not reach out of the guest");
+        }
+        if id.contains(',') {
+            return refuse(format!("-netdev {value}"), "its id has a comma");
         }
         self.has_net = true;
         self.push("netdev", value);
@@ -552,12 +590,14 @@ impl<'a> Planner<'a> {
             self.icount.push(("sleep".into(), "on".into()));
         }
         self.plan.icount = join(&self.icount);
+        // What a node would refuse is refused here, before anything is stored.
+        check(&self.plan.arguments)?;
         Ok(self.plan)
     }
 }
 
 /// Whether a firmware option asks for none, or for what QEMU brings itself.
-fn is_own_firmware(name: &str, value: &str) -> bool {
+pub(super) fn is_own_firmware(name: &str, value: &str) -> bool {
     name == "bios" && ["none", "default"].contains(&value)
 }
 
@@ -587,90 +627,6 @@ fn memory(value: &str) -> Option<u64> {
         _ => (size, 20),
     };
     digits.parse::<u64>().ok()?.checked_mul(1 << shift)
-}
-
-/// The command line of a run, from a manifest: files and disks by their paths there.
-/// Fails for a mark that names nothing: a manifest is input like any other.
-pub fn arguments(
-    spec: &QemuSpec,
-    files: &[PathBuf],
-    disks: &[PathBuf],
-    scratch: &std::path::Path,
-) -> Result<Vec<String>, Refused> {
-    spec.arguments.iter().map(|argument| fill(argument, files, disks, scratch)).collect()
-}
-
-fn fill(
-    argument: &str,
-    files: &[PathBuf],
-    disks: &[PathBuf],
-    scratch: &std::path::Path,
-) -> Result<String, Refused> {
-    let mut out = argument.replace("{scratch}", &scratch.display().to_string());
-    for (mark, paths) in [("{file:", files), ("{disk:", disks)] {
-        while let Some(at) = out.find(mark) {
-            let end = out[at..].find('}').map(|len| at + len);
-            let path = end.and_then(|end| {
-                let number: usize = out[at + mark.len()..end].parse().ok()?;
-                paths.get(number)
-            });
-            let (Some(end), Some(path)) = (end, path) else {
-                return refuse(argument, "it names a file that the recording does not have");
-            };
-            out.replace_range(at..=end, &path.display().to_string());
-        }
-    }
-    Ok(out)
-}
-
-/// Whether every option of a recorded command line is one that [`plan`] can have written:
-/// what reaches a node over the wire is held to the same rules as what a user types.
-pub fn check(spec: &QemuSpec) -> Result<(), Refused> {
-    let written = ["-drive", "-object", "-machine", "-smp", "-m", "-rtc", "-serial", "-monitor", "-parallel"];
-    let more = ["-device", "-netdev", "-nic", "-fw_cfg", "-display", "-chardev"];
-    let mut arguments = spec.arguments.iter();
-    while let Some(argument) = arguments.next() {
-        let name = argument.trim_start_matches('-');
-        if !argument.starts_with('-') {
-            return refuse(argument, "it is no option");
-        }
-        if FLAGS.contains(&name) {
-            continue;
-        }
-        let Some(value) = arguments.next() else { return refuse(argument, "its value is missing") };
-        let is_file = FILES.contains(&name) && !is_own_firmware(name, value);
-        let is_known = PLAIN.contains(&name)
-            || FILES.contains(&name)
-            || written.contains(&argument.as_str())
-            || more.contains(&argument.as_str());
-        if !is_known {
-            return refuse(argument, "no recording can have it");
-        }
-        if name == "append" {
-            continue;
-        }
-        if (is_file && !value.starts_with("{file:")) || value.contains("=/") || value.contains("..") {
-            return refuse(format!("{argument} {value}"), "it names a path of its own");
-        }
-        if name == "serial"
-            && value.contains(':')
-            && !value.starts_with("file:{scratch}/")
-            && value != "mon:stdio"
-        {
-            return refuse(format!("{argument} {value}"), "it opens something on the host");
-        }
-        let keys = pairs(value);
-        let refused = keys.iter().find(|(key, value)| match key.as_str() {
-            "file" => !value.starts_with("{file:") && !value.starts_with("{disk:"),
-            "romfile" => !value.is_empty() && !value.starts_with("{file:"),
-            "path" | "fd" | "script" | "downscript" | "smb" | "tftp" | "hostfwd" | "guestfwd" => true,
-            _ => false,
-        });
-        if let Some((key, _)) = refused {
-            return refuse(format!("{argument} {value}"), format!("{key} reaches out of the recording"));
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -111,7 +111,7 @@ pub fn feed(
     }
     feed.reads_bytes = (feed.bytes.len() - before) as u64;
     encode_body(&mut feed.bytes, &Body::End)?;
-    feed.vcpu_only = vcpu_only(events, &feed);
+    feed.vcpu_only = vcpu_only(events, &feed, bounds.first_event);
     Ok(feed)
 }
 
@@ -133,8 +133,7 @@ fn is_vcpus_alone(event: &Event) -> bool {
         )
 }
 
-fn vcpu_only(events: &[Event], feed: &Feed) -> Vec<(u64, u64)> {
-    let first = feed.places.first().map_or(0, |place| place.event);
+fn vcpu_only(events: &[Event], feed: &Feed, first: u64) -> Vec<(u64, u64)> {
     let of = |place: &Place| &events[(place.event - first) as usize];
     let mut ranges = vec![];
     let mut from = None;

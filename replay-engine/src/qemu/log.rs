@@ -29,8 +29,9 @@ pub const HEADER_BYTES: u64 = 12;
 pub const END: u8 = 0x27;
 /// Kind byte of the shutdown that every clean end has before [`END`].
 pub const SHUTDOWN_HOST_SIGNAL: u8 = 0x0E;
-/// Longest array: more than any packet, paste or entropy request.
-const ARRAY_BYTES_MAX: usize = 16 << 20;
+/// Longest array: more than any packet, paste or entropy request, and so that an event
+/// always fits in a chunk.
+const ARRAY_BYTES_MAX: usize = 2 << 20;
 /// Raw bytes are handed out in events of this size.
 const RAW_BYTES: usize = 64 << 10;
 const CHECKPOINTS: [CheckpointKind; 9] = [

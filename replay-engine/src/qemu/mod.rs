@@ -4,5 +4,6 @@
 pub mod command;
 pub mod feed;
 pub mod log;
+pub mod recorded;
 pub mod roles;
 pub mod vmstate;

@@ -1,7 +1,9 @@
 //! What becomes of command lines.
 #![allow(clippy::unwrap_used)]
 
+use super::super::recorded::{arguments, check};
 use super::*;
+use heddle_proto::QemuSpec;
 
 const X86: Target<'static> = Target { arch: "x86_64", dialect: Dialect::Qemu7 };
 
@@ -30,6 +32,14 @@ fn files_disks_and_networks_are_taken_over() {
     ] {
         assert!(line.contains(part), "{part} in {line}");
     }
+    assert!(
+        of("-device e1000,romfile= -M q35 -machine graphics=off")
+            .unwrap()
+            .arguments
+            .join(" ")
+            .contains("romfile=")
+    );
+    assert_eq!(of("-M q35 -machine graphics=off -machine accel=tcg").unwrap().machine, "q35");
     assert!(!of("-nodefaults -display none").unwrap().arguments.join(" ").contains("netdev"));
     assert!(of("").unwrap().arguments.join(" ").contains("e1000,netdev=heddle-net0"));
 }
@@ -55,6 +65,10 @@ fn what_cannot_be_replayed_is_refused_by_name() {
         ("-no-such-option 1", "-no-such-option"),
         ("-kernel", "-kernel"),
         ("-append {file:7}", "{file:7}"),
+        ("-device driver=vfio-pci,host=1", "vfio-pci"),
+        ("-device {\"driver\":\"vfio-pci\"}", "vfio-pci"),
+        ("-nic user,hostfwd=tcp::1-:22", "hostfwd"),
+        ("-M pc,dumpdtb=x", "dumpdtb"),
     ] {
         let refused = of(line).unwrap_err();
         assert!(refused.what.contains(name), "{line}: {refused}");
@@ -77,7 +91,7 @@ fn a_recorded_command_line_is_held_to_the_same_rules() {
     };
     let good = of("-M q35 -kernel k -initrd i -drive file=d,if=virtio -serial file:x -nic user -append a=/b")
         .unwrap();
-    check(&spec(&good.arguments.join(" "))).unwrap();
+    check(&spec(&good.arguments.join(" ")).arguments).unwrap();
     for bad in [
         "-kernel /etc/shadow",
         "-drive file=/etc/shadow,if=none",
@@ -90,8 +104,22 @@ fn a_recorded_command_line_is_held_to_the_same_rules() {
         "-plugin x.so",
         "/etc/passwd",
         "-incoming exec:id",
+        "-monitor tcp:0.0.0.0:4444,server=on",
+        "-serial /dev/ttyS0",
+        "-serial pty",
+        "-display vnc=:0",
+        "-nic tap",
+        "-netdev tap,id=n",
+        "-chardev socket,id=c,host=h,port=1",
+        "-drive driver=nbd,host=h",
+        "-drive file={disk:0},if=pflash,format=vmdk",
+        "-device {\"driver\":\"loader\",\"file\":\"/etc/shadow\"}",
+        "-device driver=vfio-pci,host=01:00.0",
+        "-object {\"qom-type\":\"memory-backend-file\",\"mem-path\":\"/x\"}",
+        "-initrd {file:0},/etc/shadow",
+        "-machine dumpdtb=/x",
     ] {
-        assert!(check(&spec(bad)).is_err(), "{bad}");
+        assert!(check(&spec(bad).arguments).is_err(), "{bad}");
     }
     let files = [PathBuf::from("/s/f0")];
     let line =
