@@ -192,7 +192,7 @@ async fn prepare(store: &StoreClient, request: &RecordRequest) -> Result<(Manife
         created_unix_ms: created.as_millis() as u64,
         build: BUILTIN.into(),
         emulator: EmulatorSpec::Builtin {
-            machine: MachineSpec {
+            machine: Box::new(MachineSpec {
                 memory_bytes: request.memory_bytes,
                 shift: request.shift,
                 sleep: request.sleep,
@@ -201,7 +201,7 @@ async fn prepare(store: &StoreClient, request: &RecordRequest) -> Result<(Manife
                 initrd,
                 append: request.append.clone(),
                 drives,
-            },
+            }),
             positions: request.positions.clone(),
         },
     };

@@ -36,7 +36,7 @@ pub enum EmulatorSpec {
     /// The built-in machine.
     Builtin {
         /// The machine.
-        machine: MachineSpec,
+        machine: Box<MachineSpec>,
         /// Where checks, digests and snapshots stand.
         positions: Positions,
     },

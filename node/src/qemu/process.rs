@@ -89,9 +89,13 @@ impl Process {
         }
         let mut command = Command::new(launch.program);
         command
-            // The first drive is the one that QEMU saves VM states to.
+            // The first drive is the one that QEMU saves VM states to. Nothing in a scratch
+            // directory outlives the run, so nothing there is flushed.
             .arg("-drive")
-            .arg(format!("if=none,id={VM_STATE},format=qcow2,file={}", launch.vm_state.display()))
+            .arg(format!(
+                "if=none,id={VM_STATE},format=qcow2,cache=unsafe,file={}",
+                launch.vm_state.display()
+            ))
             .args(&launch.arguments)
             .args(["-icount", &icount])
             .args(["-name", "debug-threads=on", "-action", "shutdown=pause"])
@@ -154,6 +158,20 @@ impl Process {
             }
         }
         None
+    }
+
+    /// Lets all its threads run everywhere again: parked, the vCPU thread spins, and the
+    /// main loop would wait for it on one core.
+    pub fn unpin(&mut self) {
+        let Some(_core) = self._core.take() else { return };
+        let Ok(allowed) = sched_getaffinity(None) else { return };
+        let Ok(threads) = std::fs::read_dir(format!("/proc/{}/task", self.child.id())) else { return };
+        for thread in threads.flatten() {
+            let id = thread.file_name().to_str().and_then(|id| id.parse::<i32>().ok());
+            if let Some(id) = id.and_then(Pid::from_raw) {
+                let _ = sched_setaffinity(Some(id), &allowed);
+            }
+        }
     }
 
     fn await_hello(&mut self, program: &Path) -> Result<()> {

@@ -414,7 +414,7 @@ mod tests {
     fn what_was_written_is_read() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.qcow2");
-        let vm_state: Vec<u8> = (0..300_000u32).map(|i| (i * 7 >> 3) as u8).collect();
+        let vm_state: Vec<u8> = (0..300_000u32).map(|i| ((i * 7) >> 3) as u8).collect();
         let ones = vec![1u8; CLUSTER];
         let snapshot = NewSnapshot {
             name: "s",

@@ -123,11 +123,14 @@ enum End {
 /// Replays a span and judges it. Called from a thread that lives as long.
 pub fn replay(span: &QemuSpan, build: &QemuBuild, control: &Control) -> Result<Replayed> {
     let run = Run { is_pinned: true, ..Run::default() };
+    let began = Instant::now();
     let mut started = span.start(build, &run)?;
+    let started_ms = began.elapsed().as_millis() as u64;
     let feed = std::mem::take(&mut started.feed);
     let mut watch = Watch::new(span, &feed);
     let mut qmp = None;
     let end = follow(&mut started.process, &mut watch, &mut qmp, control)?;
+    let followed_ms = began.elapsed().as_millis() as u64;
     let mut captured = None;
     let outcome = match end {
         End::WrongRole => {
@@ -156,12 +159,15 @@ pub fn replay(span: &QemuSpan, build: &QemuBuild, control: &Control) -> Result<R
             Outcome::Diverged(Box::new(watch.divergence(watch.seen, kind, found, 0)))
         }
         End::Parked => {
+            started.process.unpin();
             let qmp = connected(&mut started.process, &mut qmp)?;
             let (outcome, state) = judge_parked(qmp, &watch, &started.scratch)?;
             captured = state;
             outcome
         }
     };
+    let judged_ms = began.elapsed().as_millis() as u64;
+    tracing::debug!(started_ms, followed_ms, judged_ms, from = span.from.icount, "replayed a span");
     let is_match = outcome == Outcome::Match;
     let console = console(&started.scratch)?;
     let reached = match (&outcome, is_match) {
@@ -278,7 +284,9 @@ fn judge_parked(qmp: &mut Qmp, watch: &Watch, scratch: &Scratch) -> Result<(Outc
 
 /// Saves a stopped replay's state and takes it apart.
 pub fn save(qmp: &mut Qmp, scratch: &Scratch) -> Result<Captured> {
+    let began = Instant::now();
     qmp.save(VM_STATE_CHECK, SAVE)?;
+    tracing::debug!(saved_ms = began.elapsed().as_millis() as u64, "saved a state");
     capture(&mut Tracker::default(), VM_STATE_CHECK, &scratch.vm_state(), &scratch.overlays)
 }
 

@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 use tokio::runtime::Handle;
 
 /// What an event costs in a replay, in instructions: snapshots are spread by cost.
-const EVENT_COST: u128 = 3000;
+const EVENT_COST: u128 = 800;
 /// Further places that are tried where async events are queued.
 const ALTERNATIVES: usize = 6;
 
@@ -49,7 +49,9 @@ pub async fn run(means: &Means, task: &v1::Task, control: Control) -> Result<Tas
     if !bounds.snapshot_root.is_empty() {
         ensure_able(&build.name, "restore")?;
     }
+    let began = std::time::Instant::now();
     let span = QemuSpan::fetch(&means.store, &means.blocks, id, bounds).await?;
+    tracing::debug!(fetched_ms = began.elapsed().as_millis() as u64, "fetched a span");
     let side_b = side_b(means, &span, &task.side_b).await?;
     match task.kind.as_str() {
         "replay" => {

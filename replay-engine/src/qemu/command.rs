@@ -442,7 +442,7 @@ impl<'a> Planner<'a> {
             return refuse(what(), "its id has a comma");
         }
         self.plan.disks.push(Disk { path: PathBuf::from(path), format });
-        self.push("drive", format!("file={{disk:{number}}},if=none,format=qcow2,id={id}-image"));
+        self.push("drive", format!("file={{disk:{number}}},if=none,format=qcow2,cache=unsafe,id={id}-image"));
         self.push("drive", format!("driver=blkreplay,if=none,image={id}-image,id={id}"));
         let serial = serial.map_or(String::new(), |serial| format!(",serial={}", serial.replace(',', ",,")));
         match interface.as_str() {

@@ -41,8 +41,8 @@ fn fill(
 }
 
 /// Drives are written with these keys alone.
-const DRIVE_KEYS: [&str; 9] =
-    ["file", "if", "format", "id", "driver", "image", "readonly", "read-only", "unit"];
+const DRIVE_KEYS: [&str; 10] =
+    ["cache", "file", "if", "format", "id", "driver", "image", "readonly", "read-only", "unit"];
 /// Keys by which a device or a backend reaches out to the host.
 const REACHING_KEYS: [&str; 12] = [
     "path",

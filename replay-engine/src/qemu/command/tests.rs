@@ -23,7 +23,7 @@ fn files_disks_and_networks_are_taken_over() {
     assert_eq!(plan.icount, "shift=5,sleep=on");
     for part in [
         "-kernel {file:0}",
-        "file={disk:0},if=none,format=qcow2,id=heddle-disk0-image",
+        "file={disk:0},if=none,format=qcow2,cache=unsafe,id=heddle-disk0-image",
         "driver=blkreplay,if=none,image=heddle-disk0-image,id=heddle-disk0",
         "virtio-blk-pci,drive=heddle-disk0",
         "filter-replay,id=n0-replay,netdev=n0",
