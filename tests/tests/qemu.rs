@@ -8,7 +8,7 @@ use heddle_proto::{Body, CheckpointKind, ClockKind, Event, Manifest, QemuEvent, 
 use heddle_replay_engine::guest;
 use heddle_replay_engine::qemu::log::{Decoder, Dialect, HEADER_BYTES, Located, encode};
 use heddle_replay_engine::qemu::roles::{by_rule, is_pinned};
-use heddle_tests::{Processes, Said, copy, root, run, until};
+use heddle_tests::{Processes, Said, copy, count, root, run, until};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
@@ -403,6 +403,18 @@ async fn indexed_debugged_drawn_and_examined() {
     p.heddle(&["delete", "recording", "tick"]).await.expect(0);
     assert!(p.row("tick").await.is_none());
     assert_eq!(qemus(&p.cluster.dir().display().to_string()), Vec::<u32>::new());
+}
+
+/// The end of a guest is where QEMU's two threads race: recorded again and again.
+#[tokio::test(flavor = "multi_thread")]
+async fn short_recordings_match_every_time() {
+    let (p, files) = (Processes::start(2, 10_000).await, Files::new());
+    for round in 0..count(3, 40) {
+        let name = format!("tick-{round}");
+        record(&p, &name, &[], &files.tick(), b"").await.expect(0);
+        let value = replay(&p, &name, &[]).await;
+        assert_eq!(value["verdict"], "match", "round {round}: {value}");
+    }
 }
 
 /// A log as QEMU itself writes it, without the tap.

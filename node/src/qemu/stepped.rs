@@ -161,6 +161,7 @@ pub fn pc_of(registers: &str) -> u64 {
 pub fn named(registers: &str) -> Vec<(String, String)> {
     let mut found: Vec<(String, String)> = vec![];
     for line in registers.lines() {
+        let line = line.replace(" =", "=");
         let words: Vec<&str> = line.split_whitespace().collect();
         let mut at = 0;
         while at < words.len() {

@@ -105,7 +105,8 @@ async fn index(
     control: Control,
 ) -> Result<TaskResult> {
     let row = means.store.get(span.manifest.id).await?;
-    let wanted = places(&span, count);
+    let taken: Vec<u64> = row.snapshots.iter().map(|snapshot| snapshot.icount).collect();
+    let wanted = places(&span, count, &taken);
     let (store, runtime, id, epoch) = (means.store.clone(), Handle::current(), span.manifest.id, row.epoch);
     let done = tokio::task::spawn_blocking(move || {
         let mut made = vec![];
@@ -129,28 +130,33 @@ async fn index(
 }
 
 /// Where `count` snapshots cut a recording into parts of equal cost. Each place is in
-/// the middle of a run of instructions, where the log alone tells how to go on.
-fn places(span: &QemuSpan, count: usize) -> Vec<Vec<u64>> {
+/// the middle of a run of instructions, where the log alone tells how to go on; no two
+/// are in one run, since a state in its middle already knows of the whole run.
+fn places(span: &QemuSpan, count: usize, taken: &[u64]) -> Vec<Vec<u64>> {
     let events = &span.events;
     let cost = |at: usize| u128::from(events[at].icount) + at as u128 * EVENT_COST;
-    let gaps: Vec<usize> = (0..events.len().saturating_sub(1))
+    let is_free = |at: &usize| {
+        let (from, to) = (events[*at].icount, events[at + 1].icount);
         // Not behind a shutdown, whose instructions come after it.
-        .filter(|at| !matches!(events[*at].body, Body::Qemu(QemuEvent::Shutdown { .. })))
-        .filter(|at| events[at + 1].icount > events[*at].icount + 1)
-        .collect();
+        let is_shutdown = matches!(events[*at].body, Body::Qemu(QemuEvent::Shutdown { .. }));
+        to > from + 1 && !is_shutdown && !taken.iter().any(|icount| (from..=to).contains(icount))
+    };
+    let gaps: Vec<usize> = (0..events.len().saturating_sub(1)).filter(is_free).collect();
     let Some(whole) = events.len().checked_sub(1).map(cost) else { return vec![] };
-    (1..=count as u128)
-        .map(|part| {
-            let ideal = whole * part / (count as u128 + 1);
-            let first = gaps.partition_point(|at| cost(*at) < ideal);
-            // A long run is cut where the ideal is, not at its beginning.
-            let place = |at: &usize| {
-                let (from, to) = (events[*at].icount, events[at + 1].icount);
-                let inside = ideal.saturating_sub(*at as u128 * EVENT_COST) as u64;
-                inside.clamp(from + 1, to - 1)
-            };
-            let before = first.saturating_sub(1);
-            gaps[before.min(gaps.len())..].iter().take(ALTERNATIVES).map(place).collect()
-        })
-        .collect()
+    let mut next = 0;
+    let mut places = vec![];
+    for part in 1..=count as u128 {
+        let ideal = whole * part / (count as u128 + 1);
+        let first = gaps.partition_point(|at| cost(*at) < ideal).saturating_sub(1).max(next);
+        // A long run is cut where the ideal is, not at its beginning.
+        let place = |at: &usize| {
+            let (from, to) = (events[*at].icount, events[at + 1].icount);
+            let inside = ideal.saturating_sub(*at as u128 * EVENT_COST) as u64;
+            inside.clamp(from + 1, to - 1)
+        };
+        let alternatives: Vec<u64> = gaps.iter().skip(first).take(ALTERNATIVES).map(place).collect();
+        next = first + alternatives.len();
+        places.push(alternatives);
+    }
+    places
 }

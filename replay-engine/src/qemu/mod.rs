@@ -4,6 +4,7 @@
 pub mod command;
 pub mod feed;
 pub mod log;
+mod options;
 pub mod recorded;
 pub mod roles;
 pub mod vmstate;

@@ -1,8 +1,7 @@
 //! A recorded command line: filled in for a run, and held to the rules it was made by.
 
-use super::command::{
-    FILES, FLAGS, MACHINE_FILES, PLAIN, Refused, is_own_firmware, pairs, refuse, refused_device,
-};
+use super::command::{Refused, pairs, refuse};
+use super::options::{FILES, FLAGS, MACHINE_FILES, PLAIN, is_own_firmware, refused_device};
 use heddle_proto::QemuSpec;
 use std::path::PathBuf;
 

@@ -24,6 +24,7 @@ const RAM: &str = "ram";
 /// Bounds what a description may make of a state.
 const FIELDS_MAX: usize = 1 << 20;
 const BLOCKS_MAX: usize = 256;
+const BLOCK_BYTES_MAX: u64 = 64 << 30;
 
 /// Fields that honestly differ between a recording's state and its replay's at the same
 /// position, with the reason. Everything else is in the digest.
@@ -206,7 +207,11 @@ impl<'a> VmState<'a> {
                     let mut total = address;
                     while total > 0 {
                         let (name, bytes) = (r.name()?, r.u64()?);
-                        if bytes == 0 || bytes > total || bytes > 1 << 40 || self.ram.len() >= BLOCKS_MAX {
+                        if bytes == 0
+                            || bytes > total
+                            || bytes > BLOCK_BYTES_MAX
+                            || self.ram.len() >= BLOCKS_MAX
+                        {
                             return r.error(format!("RAM block {name} of {bytes} bytes"));
                         }
                         total -= bytes;
@@ -484,3 +489,7 @@ fn description(bytes: &[u8]) -> Result<(usize, Devices), VmStateError> {
     }
     Err(malformed(bytes.len(), "there is no description at its end"))
 }
+
+#[cfg(test)]
+#[path = "vmstate/tests.rs"]
+mod tests;
