@@ -66,10 +66,6 @@ pub fn roles() -> Vec<RolePlan> {
         .collect()
 }
 
-/// What an event costs in a QEMU's replay, in instructions: measured, about 2.5 us against
-/// 3 ns an instruction.
-pub const QEMU_EVENT_COST: u64 = 800;
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,6 +7,7 @@ use crate::recorders::{self, Recorders};
 use crate::scheduler::Scheduler;
 use anyhow::{Context, Result};
 use heddle_proto::manifest::Manifest;
+use heddle_proto::qemu::EVENT_COST;
 use heddle_proto::v1::coordinator_server::{Coordinator as Service, CoordinatorServer};
 use heddle_proto::verdict::SideB;
 use heddle_proto::{RecordingId, v1};
@@ -211,7 +212,7 @@ impl Coordinator {
             "index" => (JobKind::Index, 1),
             other => return Err(Status::invalid_argument(format!("no jobs of kind {other:?}"))),
         };
-        let event_cost = if manifest.qemu().is_some() { plan::QEMU_EVENT_COST } else { 0 };
+        let event_cost = if manifest.qemu().is_some() { EVENT_COST } else { 0 };
         let spans = plan::spans(&row, spans.min(SPANS_MAX), event_cost);
         let tasks = match kind {
             JobKind::Replay => {

@@ -349,35 +349,29 @@ async fn deliver(store: &StoreClient, left: LeftBehind, ring: &Path) -> Result<u
     if store.get(id).await?.state != "recording" {
         return Err(StoreError::Sealed);
     }
-    let requests: Vec<v1::AppendRequest> = left
-        .chunks
-        .into_iter()
-        .filter(|chunk| chunk.header.end_event() > opened.committed_events)
-        .map(|chunk| v1::AppendRequest {
-            recording: id.to_vec().into(),
-            epoch: opened.epoch,
-            chunk: chunk.bytes,
-        })
-        .collect();
-    if !requests.is_empty() {
-        let mut replies = store.leader()?.append(tokio_stream::iter(requests)).await?.into_inner();
-        while replies.message().await?.is_some() {}
-    }
+    let missing = left.chunks.into_iter().filter(|chunk| chunk.header.end_event() > opened.committed_events);
+    append(store, id, opened.epoch, missing).await?;
     let row = store.get(id).await?;
-    let requests: Vec<v1::AppendRequest> = from_ring(ring, id, &row)
-        .into_iter()
-        .map(|chunk| v1::AppendRequest {
-            recording: id.to_vec().into(),
-            epoch: opened.epoch,
-            chunk: chunk.bytes,
-        })
-        .collect();
-    if !requests.is_empty() {
-        let mut replies = store.leader()?.append(tokio_stream::iter(requests)).await?.into_inner();
-        while replies.message().await?.is_some() {}
-    }
+    append(store, id, opened.epoch, from_ring(ring, id, &row)).await?;
     let row = store.get(id).await?;
     let last = Hash::from_slice(&row.last_chunk).map_err(|e| StoreError::Corrupt(e.to_string()))?;
     store.seal(id, opened.epoch, row.committed_events, last, true).await?;
     Ok(row.committed_events)
+}
+
+/// Appends chunks and waits for all acknowledgements.
+async fn append(
+    store: &StoreClient,
+    id: RecordingId,
+    epoch: u64,
+    chunks: impl IntoIterator<Item = Chunk>,
+) -> Result<(), StoreError> {
+    let request =
+        |chunk: Chunk| v1::AppendRequest { recording: id.to_vec().into(), epoch, chunk: chunk.bytes };
+    let requests: Vec<v1::AppendRequest> = chunks.into_iter().map(request).collect();
+    if !requests.is_empty() {
+        let mut replies = store.leader()?.append(tokio_stream::iter(requests)).await?.into_inner();
+        while replies.message().await?.is_some() {}
+    }
+    Ok(())
 }

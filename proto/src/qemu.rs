@@ -87,6 +87,10 @@ pub enum QemuEvent {
     },
 }
 
+/// What an event costs in a replay, in instructions: measured, about 2.5 us against 3 ns an
+/// instruction. Snapshots are made, and spans are cut, by cost.
+pub const EVENT_COST: u64 = 800;
+
 /// QEMU's `ShutdownCause`, by its number.
 pub const SHUTDOWN_CAUSES: [&str; 12] = [
     "none",

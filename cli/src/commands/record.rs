@@ -64,8 +64,12 @@ pub async fn run(cluster: &Cluster, command: RecordBuiltin, format: Format) -> R
             began.elapsed().as_secs_f64()
         ),
     }
-    // The low byte, as a process's exit status has no more.
-    Ok(if recorded.exit_code == 0 { OK } else { recorded.exit_code.to_le_bytes()[0].max(1) })
+    Ok(exit_status(recorded.exit_code))
+}
+
+/// The guest's exit code as ours: the low byte, as a process's exit status has no more.
+pub fn exit_status(code: u16) -> u8 {
+    if code == 0 { OK } else { code.to_le_bytes()[0].max(1) }
 }
 
 fn request(command: &RecordBuiltin, outbox_dir: std::path::PathBuf) -> Result<RecordRequest> {

@@ -1,10 +1,10 @@
 //! `heddle record qemu`: this process is the node that runs the user's QEMU.
 
 use super::console::{Terminal, TerminalOptions};
-use super::record::labels;
+use super::record::{exit_status, labels};
 use crate::args::{Format, RecordQemu};
 use crate::cluster::Cluster;
-use crate::exit::{INCOMPATIBLE, OK, USAGE, coded};
+use crate::exit::{INCOMPATIBLE, USAGE, coded};
 use crate::output;
 use anyhow::Result;
 use heddle_node::qemu::record::{QemuRequest, record};
@@ -21,25 +21,25 @@ pub async fn run(cluster: &Cluster, command: RecordQemu, format: Format) -> Resu
         eprintln!("heddle: {said}");
     }
     let is_quiet = output::is_for_programs(format);
-    let request = QemuRequest {
-        name: command.name.clone(),
-        labels: labels(&command.labels)?,
-        command: command.command.clone(),
-        snapshot_every: command.snapshot_every,
-        outbox_dir: outbox_dir.clone(),
-        outbox_bytes: command.outbox_bytes,
-    };
     // Refused before the terminal changes hands or anything is stored.
     let given = command.command.clone();
-    let (_, plan) = tokio::task::spawn_blocking(move || heddle_node::qemu::record::plan(&given))
+    let planned = tokio::task::spawn_blocking(move || heddle_node::qemu::record::plan(&given))
         .await?
         .map_err(|error| match error.downcast_ref::<Refused>() {
             Some(_) => coded(USAGE, format!("{error:#}")),
             None => coded(INCOMPATIBLE, format!("{error:#}")),
         })?;
     if !is_quiet {
-        plan.notes.iter().for_each(|note| eprintln!("heddle: {note}"));
+        planned.plan.notes.iter().for_each(|note| eprintln!("heddle: {note}"));
     }
+    let request = QemuRequest {
+        name: command.name.clone(),
+        labels: labels(&command.labels)?,
+        planned,
+        snapshot_every: command.snapshot_every,
+        outbox_dir: outbox_dir.clone(),
+        outbox_bytes: command.outbox_bytes,
+    };
     let (terminal, console) = Terminal::open(TerminalOptions {
         until: command.until.clone(),
         prompt: command.prompt.clone(),
@@ -92,5 +92,5 @@ pub async fn run(cluster: &Cluster, command: RecordQemu, format: Format) -> Resu
             },
         ),
     }
-    Ok(if recorded.exit_code == 0 { OK } else { recorded.exit_code.to_le_bytes()[0].max(1) })
+    Ok(exit_status(recorded.exit_code))
 }

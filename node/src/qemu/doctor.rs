@@ -173,9 +173,8 @@ fn record(build: &QemuBuild) -> Result<Recorded> {
         is_pinned: false,
         is_stopped: false,
         holds: None,
-        extra: vec![],
     })?;
-    let mut qmp = process.qmp(LIMIT)?;
+    let mut qmp = process.qmp()?;
     let mut pump = Pump::new(Decoder::new(dialect, HEADER_BYTES, 0), HEADER_BYTES, Position::default());
     let mut events: Vec<Event> = vec![];
     let mut saved: Vec<&str> = vec![];
@@ -202,8 +201,7 @@ fn record(build: &QemuBuild) -> Result<Recorded> {
     let mut middle = capture(&mut Tracker::default(), "middle", &scratch.vm_state(), &[])?;
     let mut end = capture(&mut Tracker::default(), "end", &scratch.vm_state(), &[])?;
     let _ = qmp.command("quit", serde_json::json!({}));
-    let event_of = |offset: u64| pump.event_at(offset).context("a snapshot stands outside the log");
-    end.root.position.event = event_of(end.root.log_offset)?;
+    end.root.position.event = pump.event_at(end.root.log_offset);
     let manifest = Manifest {
         version: MANIFEST_VERSION,
         id: RecordingId::default(),
@@ -218,7 +216,7 @@ fn record(build: &QemuBuild) -> Result<Recorded> {
     let part = |start| {
         QemuSpan::of_parts(manifest.clone(), contents.clone(), &events, start, &end.root, blocks.clone())
     };
-    middle.root.position.event = event_of(middle.root.log_offset)?;
+    middle.root.position.event = pump.event_at(middle.root.log_offset);
     let mut span = part(None)?;
     span.skip_saving(middle.root.position);
     Ok(Recorded { span, second: part(Some(middle.root))? })

@@ -16,6 +16,10 @@ use std::time::{Duration, Instant};
 
 /// A program that has not loaded the tap and opened the log by then never will.
 const HELLO: Duration = Duration::from_secs(10);
+/// How long its monitor may take to listen.
+const CONNECT: Duration = Duration::from_secs(20);
+/// How long a process whose monitor failed may take to end.
+const GONE: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(2);
 /// What TCG and QEMU itself may take beside the guest's RAM.
 const OWN_MEMORY_BYTES: u64 = 8 << 30;
@@ -60,8 +64,6 @@ pub struct Launch<'a> {
     pub is_stopped: bool,
     /// Where the main loop may sleep in a replay.
     pub holds: Option<PathBuf>,
-    /// Options of this run alone, such as a debugger's socket.
-    pub extra: Vec<String>,
 }
 
 /// A QEMU that runs. Dropping it kills and reaps it.
@@ -104,7 +106,6 @@ impl Process {
             .args(["-mon", "chardev=heddle-qmp,mode=control"])
             .args(["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"])
             .args(launch.is_stopped.then_some("-S"))
-            .args(&launch.extra)
             .env("LD_PRELOAD", &tap)
             .env("HEDDLE_TAP_RING", &launch.ring)
             .env("HEDDLE_TAP_LOG", &launch.log)
@@ -238,9 +239,9 @@ impl Process {
     }
 
     /// Connects to its monitor.
-    pub fn qmp(&mut self, limit: Duration) -> Result<Qmp> {
+    pub fn qmp(&mut self) -> Result<Qmp> {
         let path = self.qmp_path.clone();
-        let connected = Qmp::connect(&path, limit, || matches!(self.child.try_wait(), Ok(None)));
+        let connected = Qmp::connect(&path, CONNECT, || matches!(self.child.try_wait(), Ok(None)));
         connected.with_context(|| self.said())
     }
 
@@ -255,6 +256,12 @@ impl Process {
         }
         self.kill();
         Ok(None)
+    }
+
+    /// Its end, if it has ended or soon does: its monitor fell silent. One that lives on has
+    /// another trouble, and is killed.
+    pub fn end_in_silence(&mut self) -> Result<Option<ExitStatus>> {
+        self.wait(GONE)
     }
 
     /// Ends it and everything it has started.

@@ -86,10 +86,10 @@ impl Pump {
     }
 
     /// The number of events before `offset`, as far back as they are remembered.
-    pub(crate) fn event_at(&self, offset: u64) -> Option<u64> {
+    pub(crate) fn event_at(&self, offset: u64) -> u64 {
         match self.ends.iter().rev().find(|(end, _)| *end <= offset) {
-            Some((_, position)) => Some(position.event),
-            None => Some(self.ends.front().map_or(self.events, |(_, position)| position.event - 1)),
+            Some((_, position)) => position.event,
+            None => self.ends.front().map_or(self.events, |(_, position)| position.event - 1),
         }
     }
 

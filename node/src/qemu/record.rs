@@ -6,7 +6,7 @@
 
 use crate::blocks::put_image;
 use crate::chunker::Chunker;
-use crate::live::{Live, NewSnapshot, SnapshotQueue};
+use crate::live::{Live, SnapshotQueue};
 use crate::qemu::builds::QemuBuild;
 use crate::qemu::doctor::ensure_able;
 use crate::qemu::process::{Launch, Process};
@@ -21,7 +21,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes;
 use heddle_proto::manifest::{Image, MANIFEST_VERSION};
 use heddle_proto::qemu::{QemuDisk, QemuSpec, RoleSource};
-use heddle_proto::{EmulatorSpec, Hash, Manifest, Position, RecordingId, v1};
+use heddle_proto::{EmulatorSpec, Hash, Manifest, Position, RecordingId};
 use heddle_replay_engine::qemu::command::{self, Plan, Target};
 use heddle_replay_engine::qemu::log::{Decoder, HEADER_BYTES};
 use heddle_replay_engine::qemu::recorded;
@@ -38,13 +38,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How often the ring is looked at: far below the chunker's linger, far above a wake-up's cost.
 const PUMP: Duration = Duration::from_millis(4);
-const CONNECT: Duration = Duration::from_secs(20);
 /// How often QEMU is asked whether it still runs.
 const LOOK: Duration = Duration::from_millis(250);
 /// A QEMU that was told to quit and does not is killed: what it logged is here.
 const QUIT: Duration = Duration::from_secs(10);
-/// A QEMU whose monitor failed and that lives on after so long has another trouble.
-const GONE: Duration = Duration::from_secs(2);
 /// How long a stopped guest's requests may take to come back before its state is saved.
 const SETTLE: Duration = Duration::from_millis(5);
 const CONSOLE_BYTES: usize = 16 << 10;
@@ -57,8 +54,8 @@ pub struct QemuRequest {
     pub name: String,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
-    /// The user's command line, the program first.
-    pub command: Vec<String>,
+    /// The user's command line, taken apart by [`plan`].
+    pub planned: Planned,
     /// Instructions between snapshots, 0 for none but the last.
     pub snapshot_every: u64,
     /// Where the outbox and the ring go.
@@ -84,35 +81,31 @@ pub struct QemuRecorded {
     pub snapshots: u64,
     /// User and system seconds of QEMU's.
     pub qemu_cpu_seconds: f64,
-    /// What was added to the command line.
-    pub notes: Vec<String>,
     /// What QEMU said on standard error.
     pub said: String,
 }
 
-/// A command line that was taken apart, checked and stored.
-pub struct Prepared {
-    /// The manifest.
-    pub manifest: Manifest,
-    /// The build that runs it.
+/// A command line that was taken apart and checked, and the build that it is for.
+pub struct Planned {
+    /// The build.
     pub build: QemuBuild,
-    plan: Plan,
+    /// The command line.
+    pub plan: Plan,
 }
 
 /// Checks the command line, before anything runs or is stored.
-pub fn plan(command: &[String]) -> Result<(QemuBuild, Plan)> {
+pub fn plan(command: &[String]) -> Result<Planned> {
     let (program, arguments) = command.split_first().context("the command line is empty")?;
     let build = QemuBuild::probe(Path::new(program))?;
     ensure_able(&build.name, "record")?;
     let target = Target { arch: &build.arch, dialect: build.dialect()? };
     let plan = command::plan(arguments, target)?;
-    Ok((build, plan))
+    Ok(Planned { build, plan })
 }
 
 /// Stores the files that the command line names, and makes the manifest.
-pub async fn prepare(store: &StoreClient, request: &QemuRequest) -> Result<Prepared> {
-    let command = request.command.clone();
-    let (build, plan) = tokio::task::spawn_blocking(move || plan(&command)).await??;
+async fn prepare(store: &StoreClient, request: &QemuRequest) -> Result<Manifest> {
+    let Planned { build, plan } = &request.planned;
     let mut files = vec![];
     for path in &plan.files {
         files.push(store_file(store, path).await?.0);
@@ -161,7 +154,7 @@ pub async fn prepare(store: &StoreClient, request: &QemuRequest) -> Result<Prepa
         build: build.name.clone(),
         emulator: EmulatorSpec::Qemu(spec),
     };
-    Ok(Prepared { manifest: Manifest::decode(&manifest.encode())?, build, plan })
+    Ok(Manifest::decode(&manifest.encode())?)
 }
 
 async fn store_file(store: &StoreClient, path: &Path) -> Result<(Image, Bytes)> {
@@ -180,11 +173,10 @@ pub async fn record(
     watermarks: Watermarks,
     started: impl FnOnce(RecordingId, u32),
 ) -> Result<QemuRecorded> {
-    let prepared = prepare(store, &request).await?;
-    let id = prepared.manifest.id;
-    let notes = prepared.plan.notes.clone();
+    let manifest = prepare(store, &request).await?;
+    let id = manifest.id;
     let mut live =
-        Live::open(store, &prepared.manifest, &request.outbox_dir, request.outbox_bytes, &watermarks).await?;
+        Live::open(store, &manifest, &request.outbox_dir, request.outbox_bytes, &watermarks).await?;
     let stop = Arc::new(AtomicU16::new(NO_STOP));
     if let Some(address) = coordinator {
         let stop = stop.clone();
@@ -217,17 +209,16 @@ pub async fn record(
     let ring = request.outbox_dir.join(format!("{id}.ring"));
     let ring_path = ring.clone();
     let (pid_sender, pid) = tokio::sync::oneshot::channel();
+    let Planned { build, plan } = request.planned;
     let mut guest = tokio::task::spawn_blocking(move || {
-        let EmulatorSpec::Qemu(spec) = &prepared.manifest.emulator else {
-            bail!("the manifest is not QEMU's")
-        };
-        let bases = prepared.plan.disks.iter().map(|disk| std::path::absolute(&disk.path));
-        let files = prepared.plan.files.iter().map(std::path::absolute);
+        let EmulatorSpec::Qemu(spec) = &manifest.emulator else { bail!("the manifest is not QEMU's") };
+        let bases = plan.disks.iter().map(|disk| std::path::absolute(&disk.path));
+        let files = plan.files.iter().map(std::path::absolute);
         let bases = bases.collect::<Result<Vec<_>, _>>().context("find the disks")?;
         let files = files.collect::<Result<Vec<_>, _>>().context("find the files")?;
         let scratch = Scratch::of_user(spec, files, bases)?;
         let mut process = Process::start(Launch {
-            program: &prepared.build.program,
+            program: &build.program,
             arguments: scratch.arguments(spec)?,
             icount: &spec.icount,
             mode: Mode::Record,
@@ -236,14 +227,13 @@ pub async fn record(
             vm_state: &scratch.vm_state(),
             scratch: scratch.path(),
             ring: ring_path,
-            dialect: prepared.build.dialect()?,
+            dialect: build.dialect()?,
             memory_bytes: spec.memory_bytes,
             stdin: Stdio::piped(),
             stdout: Stdio::piped(),
             is_pinned: false,
             is_stopped: false,
             holds: None,
-            extra: vec![],
         })?;
         let _ = pid_sender.send(process.id());
         if let Some(mut stdin) = process.take_stdin() {
@@ -295,7 +285,6 @@ pub async fn record(
         is_cut: done.is_cut,
         snapshots: done.snapshots,
         qemu_cpu_seconds: done.cpu_seconds,
-        notes,
         said,
     })
 }
@@ -347,7 +336,7 @@ impl Driver {
         let decoder = Decoder::new(process.ring.dialect()?, HEADER_BYTES, 0);
         let mut course = Course {
             pump: Pump::new(decoder, HEADER_BYTES, Position::default()),
-            qmp: process.qmp(CONNECT)?,
+            qmp: process.qmp()?,
             tracker: Some(Tracker::default()),
             capturing: None,
             next_snapshot: self.snapshot_after(0),
@@ -365,7 +354,7 @@ impl Driver {
                 Ok(Some(status)) => break status,
                 Ok(None) => std::thread::sleep(PUMP),
                 // Its monitor fell silent because it was killed: what it logged is here.
-                Err(error) => break process.wait(GONE)?.ok_or(error)?,
+                Err(error) => break process.end_in_silence()?.ok_or(error)?,
             }
         };
         self.finish(course, process, status)
@@ -527,14 +516,9 @@ impl Driver {
             capturing.thread.join().map_err(|_| anyhow!("taking a snapshot panicked"))?;
         course.tracker = Some(returned);
         let captured = captured.context("take the snapshot apart")?;
+        course.digest = Some(captured.digest());
         let event = course.pump.event_at(captured.root.log_offset);
-        let event = event.context("the snapshot stands outside the log")?;
-        let (icount, digest) = (captured.root.position.icount, captured.digest());
-        let (root, blocks) = captured.finish(event);
-        let row =
-            v1::SnapshotRow { icount, event, root: root.to_vec().into(), digest: digest.to_vec().into() };
-        self.snapshots.push(NewSnapshot { blocks, row });
-        course.digest = Some(digest);
+        self.snapshots.push(captured.finish(event));
         course.snapshots += 1;
         Ok(())
     }

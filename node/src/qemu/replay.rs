@@ -21,7 +21,6 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 const POLL: Duration = Duration::from_millis(2);
-const CONNECT: Duration = Duration::from_secs(20);
 const SAVE: Duration = Duration::from_secs(10);
 /// No progress in the log for so long: the icount is asked for.
 const ASK: Duration = Duration::from_millis(700);
@@ -122,9 +121,8 @@ enum End {
 
 /// Replays a span and judges it. Called from a thread that lives as long.
 pub fn replay(span: &QemuSpan, build: &QemuBuild, control: &Control) -> Result<Replayed> {
-    let run = Run { is_pinned: true, ..Run::default() };
     let began = Instant::now();
-    let mut started = span.start(build, &run)?;
+    let mut started = span.start(build, Run { is_pinned: true, is_stopped: false })?;
     let started_ms = began.elapsed().as_millis() as u64;
     let feed = std::mem::take(&mut started.feed);
     let mut watch = Watch::new(span, &feed);
@@ -168,13 +166,12 @@ pub fn replay(span: &QemuSpan, build: &QemuBuild, control: &Control) -> Result<R
     };
     let judged_ms = began.elapsed().as_millis() as u64;
     tracing::debug!(started_ms, followed_ms, judged_ms, from = span.from.icount, "replayed a span");
-    let is_match = outcome == Outcome::Match;
     let console = console(&started.scratch)?;
-    let reached = match (&outcome, is_match) {
-        (Outcome::Diverged(divergence), _) => {
+    let reached = match &outcome {
+        Outcome::Diverged(divergence) => {
             Position { icount: divergence.found.icount, event: divergence.position.event }
         }
-        _ => span.to,
+        Outcome::Match => span.to,
     };
     let coverage = if span.digest.is_some() {
         COVERAGE.to_string()
@@ -199,7 +196,7 @@ pub fn replay(span: &QemuSpan, build: &QemuBuild, control: &Control) -> Result<R
 
 fn connected<'q>(process: &mut Process, qmp: &'q mut Option<Qmp>) -> Result<&'q mut Qmp> {
     if qmp.is_none() {
-        *qmp = Some(process.qmp(CONNECT)?);
+        *qmp = Some(process.qmp()?);
     }
     qmp.as_mut().context("it was just connected")
 }
@@ -283,7 +280,7 @@ fn judge_parked(qmp: &mut Qmp, watch: &Watch, scratch: &Scratch) -> Result<(Outc
 }
 
 /// Saves a stopped replay's state and takes it apart.
-pub fn save(qmp: &mut Qmp, scratch: &Scratch) -> Result<Captured> {
+fn save(qmp: &mut Qmp, scratch: &Scratch) -> Result<Captured> {
     let began = Instant::now();
     qmp.save(VM_STATE_CHECK, SAVE)?;
     tracing::debug!(saved_ms = began.elapsed().as_millis() as u64, "saved a state");

@@ -7,12 +7,13 @@
 //! overlay's clusters. A restore puts the stream together again, in a qcow2 file that
 //! holds just this snapshot.
 
+use crate::live;
 use crate::qemu::process::VM_STATE;
 use crate::qemu::qcow2::{self, CLUSTER, Cluster, Contents, NewSnapshot, Qcow2};
 use anyhow::{Context, Result, anyhow, ensure};
 use bytes::Bytes;
 use heddle_proto::qemu::QemuSpec;
-use heddle_proto::{Hash, Position};
+use heddle_proto::{Hash, Position, v1};
 use heddle_replay_engine::page_tree::{BlockSource, PageTree, page_hash};
 use heddle_replay_engine::qemu::vmstate::{self, PAGE, VmState, WithoutRam};
 use serde::{Deserialize, Serialize};
@@ -71,13 +72,19 @@ impl Captured {
         self.root.digest
     }
 
-    /// The root block and all others, once the event index is known.
-    pub fn finish(mut self, event: u64) -> (Hash, Vec<(Hash, Bytes)>) {
+    /// What goes into the store, once the event index is known.
+    pub fn finish(mut self, event: u64) -> live::NewSnapshot {
         self.root.position.event = event;
         let root = Bytes::from(serde_json::to_vec(&self.root).expect("a root has string keys only"));
         let hash = Hash::of(&root);
         self.blocks.push((hash, root));
-        (hash, self.blocks)
+        let row = v1::SnapshotRow {
+            icount: self.root.position.icount,
+            event,
+            root: hash.to_vec().into(),
+            digest: self.root.digest.to_vec().into(),
+        };
+        live::NewSnapshot { blocks: self.blocks, row }
     }
 }
 

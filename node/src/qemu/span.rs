@@ -24,6 +24,8 @@ use std::process::Stdio;
 
 /// What QEMU reads before it loads a snapshot: the machine's start, and one event ahead.
 const PROLOGUE_BYTES: usize = 4096;
+/// More events than that has.
+const PROLOGUE_EVENTS: u64 = 256;
 /// More clock reads than any machine's devices make when their state is saved.
 const SAVING_READS_MAX: u64 = 32;
 /// How many differences a divergence names.
@@ -122,15 +124,8 @@ impl QemuSpan {
             start.as_ref().is_none_or(|root| root.position == from),
             "the snapshot stands elsewhere than the span begins"
         );
-        let prologue = if start.is_some() {
-            let first = read_events(store, id, 0, bounds.from_event.min(256)).await?;
-            let mut bytes = vec![];
-            log::encode(&mut bytes, &mut 0, &first)?;
-            bytes.truncate(PROLOGUE_BYTES);
-            bytes
-        } else {
-            vec![]
-        };
+        let first = if start.is_some() { bounds.from_event.min(PROLOGUE_EVENTS) } else { 0 };
+        let prologue = prologue(&read_events(store, id, 0, first).await?)?;
         Ok(QemuSpan {
             manifest: manifest.clone(),
             contents,
@@ -160,9 +155,7 @@ impl QemuSpan {
         let from = start.as_ref().map_or_else(Position::default, |root| root.position);
         let to = end.position;
         let all = to.event as usize..(to.event as usize + saving_reads(log, to.event as usize, to.icount));
-        let mut prologue = vec![];
-        log::encode(&mut prologue, &mut 0, &log[..log.len().min(256).min(from.event as usize)])?;
-        prologue.truncate(PROLOGUE_BYTES);
+        let prologue = prologue(&log[..from.event.min(PROLOGUE_EVENTS) as usize])?;
         Ok(QemuSpan {
             manifest,
             contents,
@@ -250,9 +243,8 @@ impl QemuSpan {
         file.write_all_at(&feed.bytes, feed.offset).with_context(what)
     }
 
-    /// Puts everything in a scratch directory and starts QEMU there. `extra` are options
-    /// of this run alone. Called from a thread of its own.
-    pub fn start(&self, build: &QemuBuild, run: &Run) -> Result<Started> {
+    /// Puts everything in a scratch directory and starts QEMU there. Called from a thread of its own.
+    pub fn start(&self, build: &QemuBuild, run: Run) -> Result<Started> {
         let spec = self.spec()?;
         let feed = self.feed()?;
         let mut source = self.blocks.clone();
@@ -278,7 +270,6 @@ impl QemuSpan {
             stdout: Stdio::from(File::create(&console).context("create the console's file")?),
             is_pinned: run.is_pinned,
             is_stopped: run.is_stopped,
-            extra: run.extra.clone(),
             holds,
         })?;
         Ok(Started { process, scratch, feed })
@@ -309,14 +300,12 @@ impl BlockSource for Overlay {
 }
 
 /// How a run is started.
-#[derive(Clone, Default)]
+#[derive(Clone, Copy, Default)]
 pub struct Run {
     /// On one core.
     pub is_pinned: bool,
     /// With the guest stopped.
     pub is_stopped: bool,
-    /// Options of this run alone.
-    pub extra: Vec<String>,
 }
 
 /// A replay that runs.
@@ -327,6 +316,14 @@ pub struct Started {
     pub scratch: Scratch,
     /// What it is fed.
     pub feed: Feed,
+}
+
+/// What a log begins with, from its first events.
+fn prologue(first: &[Event]) -> Result<Vec<u8>> {
+    let mut bytes = vec![];
+    log::encode(&mut bytes, &mut 0, first)?;
+    bytes.truncate(PROLOGUE_BYTES);
+    Ok(bytes)
 }
 
 /// Where a recording without a last snapshot is replayed to. One that QEMU closed itself

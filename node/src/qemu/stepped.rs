@@ -9,14 +9,10 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 use std::time::{Duration, Instant};
 
-const CONNECT: Duration = Duration::from_secs(20);
 /// How long to wait for a stop before the icount is asked for.
 const LOOK: Duration = Duration::from_millis(400);
 /// No progress in icount for so long: it will not come.
 const STUCK: Duration = Duration::from_secs(5);
-
-/// A QEMU whose monitor failed and that lives on after so long has another trouble.
-const GONE: Duration = Duration::from_secs(2);
 
 /// Where a run came to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,9 +37,9 @@ pub struct Stepped {
 impl Stepped {
     /// Starts a span's replay, stopped at its beginning.
     pub fn start(span: &QemuSpan, build: &QemuBuild, is_pinned: bool) -> Result<Stepped> {
-        let run = Run { is_pinned, is_stopped: true, extra: vec![] };
-        let mut started = span.start(build, &run)?;
-        let qmp = started.process.qmp(CONNECT)?;
+        let run = Run { is_pinned, is_stopped: true };
+        let mut started = span.start(build, run)?;
+        let qmp = started.process.qmp()?;
         Ok(Stepped { started, qmp, icount: span.from.icount, saved: 0 })
     }
 
@@ -54,7 +50,7 @@ impl Stepped {
         }
         self.try_advance(icount).or_else(|error| {
             // Its monitor fell silent because it ended.
-            match self.started.process.wait(GONE)? {
+            match self.started.process.end_in_silence()? {
                 Some(status) => Ok(Reached::Ended(format!("{} ({status})", self.started.process.said()))),
                 None => Err(error),
             }

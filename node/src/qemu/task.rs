@@ -1,6 +1,7 @@
 //! A task of a QEMU recording's: what a lease asks of a node.
 
 use crate::blocks::BlockCache;
+use crate::live::NewSnapshot;
 use crate::qemu::builds::QemuBuild;
 use crate::qemu::doctor::ensure_able;
 use crate::qemu::hunt::{self, Side};
@@ -10,14 +11,13 @@ use crate::qemu::span::QemuSpan;
 use crate::qemu::stepped;
 use crate::replay::Control;
 use anyhow::{Context, Result, bail, ensure};
+use heddle_proto::qemu::EVENT_COST;
 use heddle_proto::verdict::{SideB, TaskResult};
 use heddle_proto::{Body, QemuEvent, RecordingId, v1};
 use heddle_storage::StoreClient;
 use std::sync::atomic::Ordering;
 use tokio::runtime::Handle;
 
-/// What an event costs in a replay, in instructions: snapshots are spread by cost.
-const EVENT_COST: u128 = 800;
 /// Further places that are tried where async events are queued.
 const ALTERNATIVES: usize = 6;
 
@@ -112,11 +112,9 @@ async fn index(
         let mut made = vec![];
         let is_cancelled = || control.cancel.load(Ordering::Relaxed);
         stepped::index(&span, &build, &wanted, &is_cancelled, |captured: Captured| {
-            let (icount, digest) = (captured.root.position.icount, captured.digest());
+            let icount = captured.root.position.icount;
             let event = span.events.partition_point(|event| event.icount <= icount) as u64;
-            let (root, blocks) = captured.finish(event);
-            let (root, digest) = (root.to_vec().into(), digest.to_vec().into());
-            let row = v1::SnapshotRow { icount, event, root, digest };
+            let NewSnapshot { blocks, row } = captured.finish(event);
             runtime.block_on(async {
                 store.put_blocks(blocks).await?;
                 store.add_snapshot(id, epoch, row).await
@@ -134,7 +132,7 @@ async fn index(
 /// are in one run, since a state in its middle already knows of the whole run.
 fn places(span: &QemuSpan, count: usize, taken: &[u64]) -> Vec<Vec<u64>> {
     let events = &span.events;
-    let cost = |at: usize| u128::from(events[at].icount) + at as u128 * EVENT_COST;
+    let cost = |at: usize| u128::from(events[at].icount) + at as u128 * u128::from(EVENT_COST);
     let is_free = |at: &usize| {
         let (from, to) = (events[*at].icount, events[at + 1].icount);
         // Not behind a shutdown, whose instructions come after it.
@@ -151,7 +149,7 @@ fn places(span: &QemuSpan, count: usize, taken: &[u64]) -> Vec<Vec<u64>> {
         // A long run is cut where the ideal is, not at its beginning.
         let place = |at: &usize| {
             let (from, to) = (events[*at].icount, events[at + 1].icount);
-            let inside = ideal.saturating_sub(*at as u128 * EVENT_COST) as u64;
+            let inside = ideal.saturating_sub(*at as u128 * u128::from(EVENT_COST)) as u64;
             inside.clamp(from + 1, to - 1)
         };
         let alternatives: Vec<u64> = gaps.iter().skip(first).take(ALTERNATIVES).map(place).collect();
