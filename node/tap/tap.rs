@@ -26,7 +26,7 @@
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_long, c_void};
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 type File = c_void;
 
@@ -70,6 +70,11 @@ const FUTEX_WAKE_PRIVATE: c_int = 129;
 /// A range in which nothing moves for so long is left: somebody may want to ask something.
 static HOLD: Timespec = Timespec { seconds: 0, nanoseconds: 200_000_000 };
 
+/// How long a replay's main loop may sleep before it looks at the log again: the first,
+/// if the log has moved since the last time, and twice as long every time it has not.
+const NAP_MIN_NANOSECONDS: c_long = 50_000;
+const NAP_MAX_NANOSECONDS: c_long = 4_000_000;
+
 #[repr(C)]
 struct Timespec {
     seconds: c_long,
@@ -83,7 +88,7 @@ const OTHER: u8 = 2;
 const MONITOR: u8 = 3;
 /// How often the monitor's thread looks for a question in a replay: QEMU wakes it at
 /// every event, for nothing.
-const MONITOR_NAP_MICROSECONDS: u32 = 5000;
+const MONITOR_NAP_MICROSECONDS: u32 = 2000;
 
 const MODE_RECORD: u32 = 1;
 /// The library was loaded.
@@ -110,6 +115,9 @@ static HOLD_NEXT: AtomicU64 = AtomicU64::new(0);
 /// The offset at which the sleeping main loop is woken; the futex it sleeps on.
 static WAKE_AT: AtomicU64 = AtomicU64::new(u64::MAX);
 static SLEEPER: AtomicU32 = AtomicU32::new(0);
+/// The main loop's last nap, and where the log stood then.
+static NAP: AtomicI64 = AtomicI64::new(0);
+static NAPPED_AT: AtomicU64 = AtomicU64::new(0);
 /// The last mark: where the next byte of the same thread would need none.
 static MARKED: AtomicU64 = AtomicU64::new(u64::MAX);
 static MARKED_NEXT: AtomicU64 = AtomicU64::new(u64::MAX);
@@ -308,6 +316,9 @@ fn hold() {
     let mut next = HOLD_NEXT.load(Ordering::Relaxed);
     loop {
         let at = AT.load(Ordering::SeqCst);
+        if at >= MAP_BYTES.load(Ordering::Relaxed) {
+            return;
+        }
         // SAFETY: `next` is below the number of mapped pairs.
         let range = |next: u64| unsafe {
             let pair = HOLDS.load(Ordering::Relaxed).add(next as usize * 2);
@@ -333,7 +344,19 @@ fn hold() {
     }
 }
 
-/// The main loop's poll. It holds no lock here.
+/// The main loop's next nap.
+fn next_nap() -> Timespec {
+    let at = AT.load(Ordering::Relaxed);
+    let has_moved = NAPPED_AT.swap(at, Ordering::Relaxed) != at;
+    let last = NAP.load(Ordering::Relaxed);
+    let nap = if has_moved { NAP_MIN_NANOSECONDS } else { (last * 2).min(NAP_MAX_NANOSECONDS) };
+    NAP.store(nap, Ordering::Relaxed);
+    Timespec { seconds: 0, nanoseconds: nap }
+}
+
+/// The main loop's poll. It holds no lock here. A replay need not wait out the time that
+/// passed while it was recorded: all clocks are read from the log, so the main loop only
+/// looks again soon.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ppoll(
     fds: *mut c_void,
@@ -343,6 +366,16 @@ pub unsafe extern "C" fn ppoll(
 ) -> c_int {
     if HOLD_COUNT.load(Ordering::Relaxed) > 0 && thread() == IOTHREAD {
         hold();
+    }
+    let nap;
+    let mut time = time;
+    if !MAP.load(Ordering::Relaxed).is_null() && thread() == IOTHREAD {
+        nap = next_nap();
+        // SAFETY: the caller's time is null or a whole one.
+        let wanted = unsafe { time.cast::<Timespec>().as_ref() };
+        if wanted.is_none_or(|wanted| wanted.seconds > 0 || wanted.nanoseconds > nap.nanoseconds) {
+            time = (&raw const nap).cast();
+        }
     }
     next!(
         c"ppoll",
@@ -354,7 +387,8 @@ pub unsafe extern "C" fn ppoll(
 /// The monitor's thread polls by this.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn poll(fds: *mut c_void, count: std::ffi::c_ulong, time: c_int) -> c_int {
-    if HOLD_COUNT.load(Ordering::Relaxed) > 0 && thread() == MONITOR {
+    let is_parked = AT.load(Ordering::Relaxed) >= MAP_BYTES.load(Ordering::Relaxed);
+    if HOLD_COUNT.load(Ordering::Relaxed) > 0 && !is_parked && thread() == MONITOR {
         // SAFETY: no memory is involved.
         unsafe { usleep(MONITOR_NAP_MICROSECONDS) };
     }

@@ -159,6 +159,7 @@ pub fn replay(span: &QemuSpan, build: &QemuBuild, control: &Control) -> Result<R
         End::Parked => {
             started.process.unpin();
             let qmp = connected(&mut started.process, &mut qmp)?;
+            tracing::debug!(connected_ms = began.elapsed().as_millis() as u64, "connected");
             let (outcome, state) = judge_parked(qmp, &watch, &started.scratch)?;
             captured = state;
             outcome
@@ -233,6 +234,8 @@ fn follow(process: &mut Process, watch: &mut Watch, qmp: &mut Option<Qmp>, contr
         } else if asked.elapsed() > ASK {
             // A guest that computes reads nothing for long; only its icount tells.
             asked = Instant::now();
+            let next = (watch.seen < watch.feed.places.len()).then(|| watch.event(watch.seen));
+            tracing::debug!(?next, offset, still_ms = moved.elapsed().as_millis() as u64, "the log stands still");
             if let Ok(icount) = connected(process, qmp).and_then(Qmp::icount)
                 && icount != last_icount
             {
@@ -253,7 +256,9 @@ fn follow(process: &mut Process, watch: &mut Watch, qmp: &mut Option<Qmp>, contr
 fn judge_parked(qmp: &mut Qmp, watch: &Watch, scratch: &Scratch) -> Result<(Outcome, Option<Captured>)> {
     let span = watch.span;
     qmp.command("stop", serde_json::json!({}))?;
+    tracing::debug!("stopped");
     let icount = qmp.icount()?;
+    tracing::debug!("asked its icount");
     if icount != span.to.icount {
         let found = Side { what: "parked".into(), role: None, icount };
         let divergence = watch.divergence(watch.seen, DivergenceKind::WrongIcount, found, 0);
