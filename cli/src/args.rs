@@ -210,6 +210,10 @@ pub struct RecordQemu {
     /// about a tenth of a second; `heddle index` makes them later without that.
     #[arg(long, default_value_t = 0)]
     pub snapshot_every: u64,
+    /// Take no snapshot at the end: the last stretch is then proven by its events and
+    /// roles alone.
+    #[arg(long)]
+    pub no_last_snapshot: bool,
     /// Keep the recording only if the guest fails: exit code other than 0.
     #[arg(long, value_name = "WHEN", value_parser = ["always", "fail"], default_value = "always")]
     pub keep_if: String,
@@ -439,10 +443,13 @@ pub struct BenchQemu {
     #[arg(long, default_value = "target/guests/initrd")]
     pub initrd: PathBuf,
     /// Rounds of the computing guest.
-    #[arg(long, default_value_t = 150)]
+    #[arg(long, default_value_t = 300)]
     pub rounds: u32,
+    /// Rounds of the guest with a long log: 64 MiB or more.
+    #[arg(long, default_value_t = 500)]
+    pub log_rounds: u32,
     /// Seconds the idle guest sleeps.
-    #[arg(long, default_value_t = 15)]
+    #[arg(long, default_value_t = 25)]
     pub idle: u32,
     /// Runs of each recording; the median counts.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]

@@ -8,7 +8,7 @@ use crate::local::{LocalCluster, LocalConfig};
 use crate::output;
 use anyhow::{Context, Result, ensure};
 use heddle_node::qemu::builds::QemuBuild;
-use heddle_proto::{Chunk, Event, Hash, RecordingId};
+use heddle_proto::{ChunkBuilder, RecordingId};
 use heddle_replay_engine::qemu::log::encode;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -17,8 +17,14 @@ use std::time::Instant;
 
 /// Kernel clock ticks a second, in which `/proc` counts CPU time.
 const TICKS: f64 = 100.0;
-/// Events in a chunk of a sealed recording, when it is written anew as large chunks.
-const LARGE_CHUNK: usize = 1 << 19;
+/// Recordings that are replayed one at a time and all at once.
+const MANY: u32 = 4;
+/// What the store's index has for a chunk: key and row, rounded up.
+const CHUNK_ROW_BYTES: u64 = 128;
+/// Events between two looks at how full a chunk is.
+const LOOK_EVENTS: usize = 1 << 12;
+/// A chunk of a sealed recording, as [`ChunkBuilder::bytes`] counts.
+const LARGE_BYTES: usize = 4 << 20;
 
 /// CPU and wall seconds.
 #[derive(Clone, Copy, Debug, Default)]
@@ -71,6 +77,10 @@ fn median(mut runs: Vec<Cost>) -> Cost {
     runs.get(runs.len() / 2).copied().unwrap_or_default()
 }
 
+/// The beginning of the parameters of the guest with a long log: 128 ns an instruction,
+/// so that its timer ticks often.
+const LONG_LOG: &str = "long-log";
+
 struct Bench<'a> {
     command: &'a BenchQemu,
     cluster: LocalCluster,
@@ -120,6 +130,12 @@ impl Bench<'_> {
         command
     }
 
+    /// CPU seconds of a recording and of the cluster's parts meanwhile.
+    fn record_cpu(&self, name: &str, append: &str, more: &[&str]) -> Result<f64> {
+        let (cost, _, parts) = self.record(name, append, more)?;
+        Ok(cost.cpu + parts)
+    }
+
     /// Records through the cluster: the recorder's cost, QEMU's own CPU seconds, and the parts'.
     fn record(&self, name: &str, append: &str, more: &[&str]) -> Result<(Cost, f64, f64)> {
         let before = cpu_of_parts();
@@ -127,6 +143,9 @@ impl Bench<'_> {
         arguments.extend(more.iter().map(ToString::to_string));
         arguments.extend(["--".into(), "qemu-system-x86_64".into()]);
         arguments.extend(self.qemu_line(append));
+        if append.starts_with(LONG_LOG) {
+            arguments.extend(["-icount".into(), "shift=7".into()]);
+        }
         let (cost, out) = timed(&mut self.heddle(&arguments))?;
         let said: Value = serde_json::from_slice(&out).context("the recording's summary")?;
         Ok((cost, said["qemu_cpu_seconds"].as_f64().unwrap_or(0.0), cpu_of_parts() - before))
@@ -137,6 +156,14 @@ impl Bench<'_> {
         let before = cpu_of_parts();
         let (cost, _) = timed(&mut self.heddle(&arguments))?;
         Ok(Cost { cpu: cost.cpu + cpu_of_parts() - before, ..cost })
+    }
+
+    /// How many snapshots a recording has.
+    fn snapshots(&self, name: &str) -> Result<f64> {
+        let arguments = ["get", "recording", name].map(String::from);
+        let (_, out) = timed(&mut self.heddle(&arguments))?;
+        let said: Value = serde_json::from_slice(&out).context("the recording's row")?;
+        said["snapshots"].as_f64().context("a number of snapshots")
     }
 
     fn index(&self, name: &str, snapshots: u32) -> Result<Cost> {
@@ -172,6 +199,7 @@ pub async fn qemu(command: BenchQemu, format: Format) -> Result<u8> {
     let idle = format!("rounds=2 idle={}", command.idle);
     recording(&mut bench, &computing)?;
     parallel(&mut bench, &computing, &idle)?;
+    many(&mut bench)?;
     stored(&mut bench).await?;
     let rows = std::mem::take(&mut bench.rows);
     bench.cluster.stop().await;
@@ -188,7 +216,8 @@ fn recording(bench: &mut Bench, computing: &str) -> Result<()> {
     let (mut plain, mut ours, mut qemu, mut parts) = (vec![], vec![], vec![], vec![]);
     for run in 0..bench.command.runs {
         plain.push(bench.plain("record", computing, false)?);
-        let (cost, own, others) = bench.record(&format!("record-{run}"), computing, &[])?;
+        let name = format!("record-{run}");
+        let (cost, own, others) = bench.record(&name, computing, &["--no-last-snapshot"])?;
         ours.push(cost);
         qemu.push(Cost { cpu: own, wall: own });
         parts.push(Cost { cpu: others, wall: others });
@@ -199,17 +228,22 @@ fn recording(bench: &mut Bench, computing: &str) -> Result<()> {
     bench.row("record, QEMU's CPU", qemu.cpu, peer, plain.cpu, "CPU s", "<= 1.05");
     bench.row("record, all CPU", ours.cpu + parts.cpu, peer, plain.cpu, "CPU s", "<= 1.10");
     bench.row("record, wall", ours.wall, peer, plain.wall, "s", "for information");
-    let (with, _, _) = bench.record("snapshots", computing, &["--snapshot-every", "400000000"])?;
-    bench.row("record with snapshots, wall", with.wall, "heddle without", ours.wall, "s", "for information");
+    let without = ours.cpu + parts.cpu;
+    let last = bench.record_cpu("computing", computing, &[])? - without;
+    bench.row("a snapshot at the end", last, peer, plain.cpu, "CPU s", "for information");
+    let every = bench.record_cpu("snapshots", computing, &["--snapshot-every", "2000000000"])?;
+    let count = bench.snapshots("snapshots")?;
+    let each = (every - without - last) / (count - 1.0).max(1.0);
+    bench.row("each snapshot before", each, peer, plain.cpu, "CPU s", "for information");
     Ok(())
 }
 
 /// Spans and many recordings on two cores.
 fn parallel(bench: &mut Bench, computing: &str, idle: &str) -> Result<()> {
     let serial = bench.plain("replay", computing, false)?;
-    let index = bench.index("record-0", 7)?;
+    let index = bench.index("computing", 7)?;
     bench.row("index, wall", index.wall, "QEMU rr=replay, serial", serial.wall, "s", "for information");
-    let whole = bench.replay("record-0", 1)?;
+    let whole = bench.replay("computing", 1)?;
     bench.row(
         "computing guest, whole",
         whole.wall,
@@ -218,7 +252,7 @@ fn parallel(bench: &mut Bench, computing: &str, idle: &str) -> Result<()> {
         "s",
         "for information",
     );
-    let spans = bench.replay("record-0", 8)?;
+    let spans = bench.replay("computing", 8)?;
     bench.row("computing guest, spans", spans.wall, "QEMU rr=replay, serial", serial.wall, "s", "<= 0.60");
     bench.row(
         "computing guest, spans' CPU",
@@ -243,56 +277,76 @@ fn parallel(bench: &mut Bench, computing: &str, idle: &str) -> Result<()> {
         "s",
         "for information",
     );
-    // Many recordings: one after the other, and two at once.
+    Ok(())
+}
+
+/// Many recordings, one after the other and all at once.
+fn many(bench: &mut Bench) -> Result<()> {
+    let guest = format!("rounds={}", bench.command.rounds / MANY);
+    let names: Vec<String> = (0..MANY).map(|number| format!("many-{number}")).collect();
+    for name in &names {
+        bench.record(name, &guest, &[])?;
+    }
+    // Once before, so that nothing is fetched for the first time while it counts.
+    bench.replay(&names[0], 1)?;
     let began = Instant::now();
-    for run in 0..2 {
-        bench.replay(if run == 0 { "record-0" } else { "idle" }, 1)?;
+    for name in &names {
+        bench.replay(name, 1)?;
     }
     let one_by_one = began.elapsed().as_secs_f64();
     let began = Instant::now();
     let mut running = vec![];
-    for name in ["record-0", "idle"] {
-        let arguments = ["replay".into(), name.into()];
+    for name in &names {
+        let arguments = ["replay".into(), name.clone()];
         let mut command = bench.heddle(&arguments);
         running.push(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?);
     }
     for mut child in running {
-        ensure!(child.wait()?.success(), "a replay beside another diverged");
+        ensure!(child.wait()?.success(), "a replay beside others diverged");
     }
     let at_once = began.elapsed().as_secs_f64();
-    bench.row("two recordings at once", one_by_one, "one at a time", at_once, "s", ">= 1.8");
+    bench.row("many recordings, one at a time", one_by_one, "all at once", at_once, "s", ">= 1.8");
     Ok(())
 }
 
 /// Bytes of a sealed recording against zstd -19 of the whole log.
 async fn stored(bench: &mut Bench<'_>) -> Result<()> {
-    let recording = recordings::find(&bench.client.store, "record-0").await?;
+    let guest = format!("{LONG_LOG} rounds={}", bench.command.log_rounds);
+    bench.record("long", &guest, &["--no-last-snapshot"])?;
+    let recording = recordings::find(&bench.client.store, "long").await?;
     let events = recordings::events(&bench.client.store, recording.id()).await?;
     let mut log = vec![];
     encode(&mut log, &mut 0, &events)?;
     let began = Instant::now();
     let best = zstd::bulk::compress(&log, 19).context("compress the log")?.len() as f64;
     let zstd_seconds = began.elapsed().as_secs_f64();
-    let live = recording.row.bytes_stored as f64;
-    let peer = format!("zstd -19 of the {:.1} MB log", log.len() as f64 / 1e6);
-    bench.row("stored, as streamed live", live, &peer, best, "bytes", "for information");
+    let peer = format!("zstd -19 of the {:.1} MiB log", log.len() as f64 / f64::from(1 << 20));
+    let row = &recording.row;
+    let sealed = (row.bytes_stored + row.chunks * CHUNK_ROW_BYTES) as f64;
+    bench.row("stored, sealed", sealed, &peer, best, "bytes", "<= 1.00");
     let began = Instant::now();
-    let large: usize = large_chunks(&events).iter().map(|chunk| chunk.bytes.len()).sum();
+    let mut builder = ChunkBuilder::new(RecordingId::default());
+    let mut large = 0;
+    for part in events.chunks(LOOK_EVENTS) {
+        part.iter().for_each(|event| builder.push(event));
+        if builder.bytes() >= LARGE_BYTES {
+            large += builder.take().map_or(0, |chunk| chunk.bytes.len());
+        }
+    }
+    large += builder.take().map_or(0, |chunk| chunk.bytes.len());
     let own_seconds = began.elapsed().as_secs_f64();
-    bench.row("stored, in large chunks", large as f64, &peer, best, "bytes", "<= 1.00");
+    ensure!(large > 0, "nothing was encoded");
     let speed = |seconds: f64| log.len() as f64 / 1e6 / seconds.max(1e-9);
     bench.row("encoding", speed(own_seconds), "zstd -19", speed(zstd_seconds), "MB/s", ">= 20");
+    let began = Instant::now();
+    let middle = events.len() as u64 / 2;
+    let chunks = bench.client.store.read(recording.id(), middle, middle + 1).await?;
+    let found = chunks.first().context("the event's chunk")?.events()?;
+    ensure!(!found.is_empty(), "an empty chunk");
+    let one = began.elapsed().as_secs_f64();
+    let began = Instant::now();
+    recordings::events(&bench.client.store, recording.id()).await?;
+    let all = began.elapsed().as_secs_f64();
+    bench.row("reading one event in the middle", one, "reading all", all, "s", "for information");
     Ok(())
-}
-
-fn large_chunks(events: &[Event]) -> Vec<Chunk> {
-    let mut first = 0;
-    events
-        .chunks(LARGE_CHUNK)
-        .map(|part| {
-            let chunk = Chunk::encode(RecordingId::default(), first, Hash::ZERO, part);
-            first += part.len() as u64;
-            chunk
-        })
-        .collect()
 }

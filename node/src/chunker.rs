@@ -45,7 +45,7 @@ impl Chunker {
         inner.first_at.get_or_insert_with(Instant::now);
         let mut events = events.into_iter().peekable();
         while let Some(event) = events.next() {
-            inner.builder.push(event);
+            inner.builder.push(&event);
             // Many groups that come at once must not become one chunk beyond its bounds.
             let is_border = events.peek().is_none_or(|next| !next.body.is_async());
             if inner.builder.bytes() >= CHUNK_BYTES_MAX && is_border {

@@ -12,5 +12,6 @@ pub mod outbox;
 pub mod qemu;
 pub mod record;
 pub mod replay;
+pub mod rewrite;
 pub mod upload;
 pub mod worker;

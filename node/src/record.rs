@@ -2,8 +2,9 @@
 
 use crate::blocks::put_image;
 use crate::chunker::{CHUNK_BYTES_MAX, Chunker};
-use crate::live::{Live, NewSnapshot, SnapshotQueue};
+use crate::live::{self, Live, NewSnapshot, SnapshotQueue};
 use crate::outbox::{LeftBehind, left_behind, read_left_behind};
+use crate::rewrite::append;
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use heddle_proto::manifest::{Image, MANIFEST_VERSION, MachineSpec, Manifest, Positions, Sleep};
@@ -334,7 +335,7 @@ fn from_ring(ring: &Path, id: RecordingId, row: &v1::RecordingRow) -> Vec<Chunk>
     let mut chunks = vec![];
     for event in events {
         let is_async = event.body.is_async();
-        builder.push(event);
+        builder.push(&event);
         if builder.bytes() >= CHUNK_BYTES_MAX && !is_async {
             chunks.extend(builder.take());
         }
@@ -350,28 +351,12 @@ async fn deliver(store: &StoreClient, left: LeftBehind, ring: &Path) -> Result<u
         return Err(StoreError::Sealed);
     }
     let missing = left.chunks.into_iter().filter(|chunk| chunk.header.end_event() > opened.committed_events);
-    append(store, id, opened.epoch, missing).await?;
+    append(store, id, opened.epoch, false, missing).await?;
     let row = store.get(id).await?;
-    append(store, id, opened.epoch, from_ring(ring, id, &row)).await?;
+    append(store, id, opened.epoch, false, from_ring(ring, id, &row)).await?;
     let row = store.get(id).await?;
     let last = Hash::from_slice(&row.last_chunk).map_err(|e| StoreError::Corrupt(e.to_string()))?;
     store.seal(id, opened.epoch, row.committed_events, last, true).await?;
+    live::compact(store, id, opened.epoch).await;
     Ok(row.committed_events)
-}
-
-/// Appends chunks and waits for all acknowledgements.
-async fn append(
-    store: &StoreClient,
-    id: RecordingId,
-    epoch: u64,
-    chunks: impl IntoIterator<Item = Chunk>,
-) -> Result<(), StoreError> {
-    let request =
-        |chunk: Chunk| v1::AppendRequest { recording: id.to_vec().into(), epoch, chunk: chunk.bytes };
-    let requests: Vec<v1::AppendRequest> = chunks.into_iter().map(request).collect();
-    if !requests.is_empty() {
-        let mut replies = store.leader()?.append(tokio_stream::iter(requests)).await?.into_inner();
-        while replies.message().await?.is_some() {}
-    }
-    Ok(())
 }

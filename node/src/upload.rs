@@ -82,6 +82,7 @@ impl Uploader {
                     recording: self.recording.to_vec().into(),
                     epoch: self.epoch,
                     chunk: chunk.bytes,
+                    rewrites: false,
                 };
                 if sender.send(request).await.is_err() {
                     break;

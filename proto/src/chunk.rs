@@ -13,9 +13,13 @@
 //! header alone shows order, integrity and chain. A chunk never splits a checkpoint
 //! from its async events. Every length is bounded before anything is allocated.
 
-use crate::event::{AsyncEvent, Body, CheckpointKind, ClockKind, Event, KINDS, Role};
-use crate::{Hash, QemuEvent, RecordingId};
+use crate::compress::{compress, decompress};
+use crate::event::{AsyncEvent, Body, Event, KINDS};
+use crate::{Hash, RecordingId};
 use bytes::Bytes;
+use columns::Columns;
+
+mod columns;
 
 /// Bytes of a header.
 pub const HEADER_BYTES: usize = 4 + 4 + 16 + 16 + 16 + 8 + 64 + KINDS * 4;
@@ -234,18 +238,24 @@ impl Chunk {
     ///
     /// Panics if there are none, or more than [`EVENTS_MAX`]: the builder holds both.
     pub fn encode(recording: RecordingId, first_event: u64, previous: Hash, events: &[Event]) -> Chunk {
-        assert!(!events.is_empty() && events.len() <= EVENTS_MAX, "builder bounds a chunk");
-        let raw = encode_columns(events);
-        let payload = zstd::bulk::compress(&raw, ZSTD_LEVEL).expect("zstd compresses to memory");
+        let mut columns = Columns::default();
+        events.iter().for_each(|event| columns.push(event));
+        Chunk::of_columns(recording, first_event, previous, &mut columns)
+    }
+
+    fn of_columns(recording: RecordingId, first_event: u64, previous: Hash, columns: &mut Columns) -> Chunk {
+        let (events, counts) = (columns.events, columns.counts);
+        let (first_icount, last_icount) = (columns.first_icount, columns.last_icount);
+        assert!(events > 0 && events as usize <= EVENTS_MAX, "builder bounds a chunk");
+        let raw = columns.take();
+        let payload = compress(&raw, ZSTD_LEVEL);
         assert!(payload.len() <= PAYLOAD_BYTES_MAX && raw.len() <= RAW_BYTES_MAX);
-        let mut counts = [0; KINDS];
-        events.iter().for_each(|e| counts[e.body.code() as usize] += 1);
         let header = ChunkHeader {
             recording,
             first_event,
-            events: events.len() as u32,
-            first_icount: events[0].icount,
-            last_icount: events[events.len() - 1].icount,
+            events,
+            first_icount,
+            last_icount,
             payload_bytes: payload.len() as u32,
             raw_bytes: raw.len() as u32,
             payload_hash: Hash::of(&payload),
@@ -264,22 +274,22 @@ impl Chunk {
     /// Decodes the events.
     pub fn events(&self) -> Result<Vec<Event>, ChunkError> {
         let raw_bytes = self.header.raw_bytes as usize;
-        let raw = zstd::bulk::decompress(&self.bytes[HEADER_BYTES..], raw_bytes)
-            .map_err(|_| ChunkError::Malformed("zstd refuses the payload"))?;
+        let raw = decompress(&self.bytes[HEADER_BYTES..], raw_bytes)
+            .ok_or(ChunkError::Malformed("zstd refuses the payload"))?;
         if raw.len() != raw_bytes {
             return Err(ChunkError::Malformed("raw length differs from the header's"));
         }
-        let events = decode_columns(&raw, &self.header)?;
+        let events = columns::decode(&raw, &self.header)?;
         if events.last().map(|e| e.icount) != Some(self.header.last_icount) {
             return Err(ChunkError::Malformed("last icount differs from the header's"));
         }
         Ok(events)
     }
 
-    /// Checks that this chunk follows `before` (`None`: that it is the first).
-    pub fn check_follows(&self, before: Option<&ChunkHeader>) -> Result<(), ChunkError> {
-        let (event, id, icount) =
-            before.map_or((0, Hash::ZERO, 0), |b| (b.end_event(), b.id(), b.last_icount));
+    /// Checks that this chunk follows `before`. `None`: that it is the first, which names
+    /// `anchor` as the one before: zero, or the last chunk of a chain that was written anew.
+    pub fn check_follows(&self, before: Option<&ChunkHeader>, anchor: Hash) -> Result<(), ChunkError> {
+        let (event, id, icount) = before.map_or((0, anchor, 0), |b| (b.end_event(), b.id(), b.last_icount));
         if self.header.first_event != event {
             return Err(ChunkError::Chain("its first event index leaves a gap or overlaps"));
         }
@@ -299,35 +309,35 @@ pub struct ChunkBuilder {
     recording: RecordingId,
     next_event: u64,
     previous: Hash,
-    events: Vec<Event>,
+    columns: Columns,
     bytes: usize,
 }
 
 impl ChunkBuilder {
     /// Starts at the beginning of `recording`.
     pub fn new(recording: RecordingId) -> Self {
-        ChunkBuilder { recording, next_event: 0, previous: Hash::ZERO, events: vec![], bytes: 0 }
+        ChunkBuilder::resume(recording, 0, Hash::ZERO)
     }
 
     /// Goes on behind chunks that are there: from event `next_event`, after chunk `previous`.
     pub fn resume(recording: RecordingId, next_event: u64, previous: Hash) -> Self {
-        ChunkBuilder { recording, next_event, previous, events: vec![], bytes: 0 }
+        ChunkBuilder { recording, next_event, previous, columns: Columns::default(), bytes: 0 }
     }
 
     /// Adds an event.
-    pub fn push(&mut self, event: Event) {
+    pub fn push(&mut self, event: &Event) {
         self.bytes += 8 + match &event.body {
             Body::Async(AsyncEvent::Char { data }) => data.len(),
             Body::Digest { .. } => 64,
             Body::Qemu(event) => 8 + event.data().map_or(0, <[u8]>::len),
             _ => 0,
         };
-        self.events.push(event);
+        self.columns.push(event);
     }
 
     /// Whether there is nothing to take.
     pub fn is_empty(&self) -> bool {
-        self.events.is_empty()
+        self.columns.events == 0
     }
 
     /// Rough encoded size, to decide when to close.
@@ -338,158 +348,18 @@ impl ChunkBuilder {
     /// Closes the chunk. The caller makes sure that no async event of the last
     /// checkpoint is still to come.
     pub fn take(&mut self) -> Option<Chunk> {
-        if self.events.is_empty() {
+        if self.is_empty() {
             return None;
         }
-        let events = std::mem::take(&mut self.events);
         self.bytes = 0;
-        let chunk = Chunk::encode(self.recording, self.next_event, self.previous, &events);
+        let chunk = Chunk::of_columns(self.recording, self.next_event, self.previous, &mut self.columns);
         self.next_event = chunk.header.end_event();
         self.previous = chunk.id();
         Some(chunk)
     }
 }
 
-fn encode_columns(events: &[Event]) -> Vec<u8> {
-    let mut columns: [Vec<u8>; 4] = Default::default();
-    let [kinds, icounts, values, bytes] = &mut columns;
-    let mut last_icount = events[0].icount;
-    let mut last_value = [[0i64; 2]; KINDS];
-    for event in events {
-        let code = event.body.code();
-        kinds.push(code | (event.role as u8) << 7);
-        put_varint(icounts, event.icount - last_icount);
-        last_icount = event.icount;
-        let mut put_slot = |slot: usize, value: i64| {
-            let delta = value.wrapping_sub(last_value[code as usize][slot]);
-            put_varint(values, ((delta << 1) ^ (delta >> 63)) as u64);
-            last_value[code as usize][slot] = value;
-        };
-        let mut put_value = |value: i64| put_slot(0, value);
-        match &event.body {
-            Body::Clock { value, .. } => put_value(*value),
-            Body::Async(AsyncEvent::BottomHalf { id } | AsyncEvent::Block { id }) => {
-                put_value(*id as i64);
-            }
-            Body::Async(AsyncEvent::Char { data }) => {
-                put_varint(bytes, data.len() as u64);
-                bytes.extend_from_slice(data);
-            }
-            Body::Shutdown { code } => put_value(i64::from(*code)),
-            Body::Check { value, output } => {
-                bytes.extend_from_slice(&value.to_le_bytes());
-                bytes.extend_from_slice(&output.to_le_bytes());
-            }
-            Body::Digest { root, history } => {
-                bytes.extend_from_slice(&root.0);
-                bytes.extend_from_slice(&history.0);
-            }
-            Body::Qemu(event) => {
-                let (numbers, count) = event.numbers();
-                numbers[..count].iter().enumerate().for_each(|(slot, number)| put_slot(slot, *number));
-                if let Some(data) = event.data() {
-                    put_varint(bytes, data.len() as u64);
-                    bytes.extend_from_slice(data);
-                }
-            }
-            Body::Checkpoint(_) | Body::End => {}
-        }
-    }
-    let mut out = Vec::with_capacity(16 + columns.iter().map(Vec::len).sum::<usize>());
-    columns.iter().for_each(|c| out.extend_from_slice(&(c.len() as u32).to_le_bytes()));
-    columns.iter().for_each(|c| out.extend_from_slice(c));
-    out
-}
-
-fn decode_columns(raw: &[u8], header: &ChunkHeader) -> Result<Vec<Event>, ChunkError> {
-    let mut r = Reader { bytes: raw, what: "columns" };
-    let mut lengths = [0usize; 4];
-    for length in &mut lengths {
-        *length = u32::from_le_bytes(r.array()?) as usize;
-    }
-    let mut column = |what, len| r.take(len).map(|bytes| Reader { bytes, what });
-    let mut kinds = column("kinds", lengths[0])?;
-    let mut icounts = column("icounts", lengths[1])?;
-    let mut values = column("values", lengths[2])?;
-    let mut bytes = column("bytes", lengths[3])?;
-    if r.have() != 0 || kinds.have() != header.events as usize {
-        return Err(ChunkError::Malformed("columns do not add up"));
-    }
-    let mut events = Vec::with_capacity(kinds.have());
-    let mut icount = header.first_icount;
-    let mut last_value = [[0i64; 2]; KINDS];
-    let mut counts = [0u32; KINDS];
-    for _ in 0..header.events {
-        let [kind] = kinds.array()?;
-        let (code, role) = (kind & 0x7f, if kind >> 7 == 0 { Role::Vcpu } else { Role::Iothread });
-        let delta = icounts.varint()?;
-        icount = icount.checked_add(delta).ok_or(ChunkError::Malformed("icount overflows"))?;
-        let count = counts.get_mut(code as usize).ok_or(ChunkError::Malformed("unknown event kind"))?;
-        *count += 1;
-        let mut slot_value = |slot: usize| {
-            let zigzag = values.varint()?;
-            let delta = (zigzag >> 1) as i64 ^ -((zigzag & 1) as i64);
-            let last = &mut last_value[code as usize][slot];
-            *last = last.wrapping_add(delta);
-            Ok::<i64, ChunkError>(*last)
-        };
-        let mut value = || slot_value(0);
-        let body = match code {
-            0 => Body::Clock { clock: ClockKind::Host, value: value()? },
-            1 => Body::Clock { clock: ClockKind::VirtualRt, value: value()? },
-            2..=8 => Body::Checkpoint(CheckpointKind::ALL[code as usize - 2]),
-            9 => Body::Async(AsyncEvent::BottomHalf { id: value()? as u64 }),
-            10 => Body::Async(AsyncEvent::Block { id: value()? as u64 }),
-            11 => {
-                let len = bytes.varint()?;
-                let len = usize::try_from(len).map_err(|_| ChunkError::Malformed("length"))?;
-                Body::Async(AsyncEvent::Char { data: bytes.take(len)?.to_vec() })
-            }
-            12 => Body::Shutdown {
-                code: u16::try_from(value()?).map_err(|_| ChunkError::Malformed("shutdown code"))?,
-            },
-            13 => Body::Check {
-                value: u64::from_le_bytes(bytes.array()?),
-                output: u64::from_le_bytes(bytes.array()?),
-            },
-            14 => Body::Digest { root: Hash(bytes.array()?), history: Hash(bytes.array()?) },
-            15 => Body::End,
-            16..=18 => Body::Checkpoint(CheckpointKind::ALL[code as usize - 9]),
-            _ => {
-                let kind = code - 19;
-                let (count, has_data) =
-                    QemuEvent::shape(kind).ok_or(ChunkError::Malformed("unknown event kind"))?;
-                let mut numbers = [0; 2];
-                for (slot, number) in numbers.iter_mut().enumerate().take(count) {
-                    *number = slot_value(slot)?;
-                }
-                let data = if has_data {
-                    let len = bytes.varint()?;
-                    let len = usize::try_from(len).map_err(|_| ChunkError::Malformed("length"))?;
-                    bytes.take(len)?.to_vec()
-                } else {
-                    vec![]
-                };
-                let event = QemuEvent::from_parts(kind, numbers, data);
-                Body::Qemu(event.ok_or(ChunkError::Malformed("a number is out of its range"))?)
-            }
-        };
-        events.push(Event { icount, role, body });
-    }
-    if icounts.have() + values.have() + bytes.have() != 0 || counts != header.counts {
-        return Err(ChunkError::Malformed("columns do not match the header's counts"));
-    }
-    Ok(events)
-}
-
-fn put_varint(out: &mut Vec<u8>, mut value: u64) {
-    while value >= 0x80 {
-        out.push(value as u8 | 0x80);
-        value >>= 7;
-    }
-    out.push(value as u8);
-}
-
+/// Takes bytes apart, bounded.
 struct Reader<'a> {
     bytes: &'a [u8],
     what: &'static str,

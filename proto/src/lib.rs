@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod chunk;
+pub mod compress;
 pub mod event;
 pub mod id;
 pub mod manifest;

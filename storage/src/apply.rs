@@ -93,10 +93,12 @@ impl Entry<'_> {
             }
             Command::MetaWrite { epoch, puts, deletes } => self.meta_write(epoch, puts, deletes),
             Command::Delete { recording } => self.delete(recording),
+            Command::Rewrite { recording, epoch } => self.rewrite(recording, epoch),
+            Command::Adopt { recording, epoch, old, new } => self.adopt(recording, epoch, old, new),
         }
     }
 
-    fn get<T: serde::de::DeserializeOwned>(&self, key: &Key) -> Result<Option<T>, Error> {
+    pub(crate) fn get<T: serde::de::DeserializeOwned>(&self, key: &Key) -> Result<Option<T>, Error> {
         self.catalog.get_with(key, self.changes)
     }
 
@@ -130,6 +132,8 @@ impl Entry<'_> {
                 bytes_raw: 0,
                 last_chunk: Hash::ZERO,
                 counts: vec![0; heddle_proto::event::KINDS],
+                rewritten_from: Hash::ZERO,
+                rewriting: None,
             },
         };
         self.changes.put(key, &row);
@@ -137,7 +141,11 @@ impl Entry<'_> {
     }
 
     /// The row, if `epoch` may write to it.
-    fn writable(&self, id: RecordingId, epoch: u64) -> Result<Result<RecordingRow, Refusal>, Error> {
+    pub(crate) fn writable(
+        &self,
+        id: RecordingId,
+        epoch: u64,
+    ) -> Result<Result<RecordingRow, Refusal>, Error> {
         let Some(row) = self.get::<RecordingRow>(&Key::recording(id))? else {
             return Ok(Err(Refusal::NotFound));
         };
@@ -212,7 +220,7 @@ impl Entry<'_> {
         if events > row.events {
             return Ok(Outcome::Refused(Refusal::Gap { events: row.events }));
         }
-        if events != row.events || last != row.last_chunk {
+        if events != row.events || (last != row.last_chunk && last != row.rewritten_from) {
             let what = format!("{} events are committed, not {events}", row.events);
             return Ok(Outcome::Refused(Refusal::Conflict(what)));
         }

@@ -8,17 +8,21 @@
 //! a                          applied index
 //! r recording                RecordingRow        c recording first-event   ChunkRow
 //! s recording icount         SnapshotRow         b hash                    BlockRow
+//! w recording first-event    ChunkRow, written anew and not adopted yet
 //! m key                      MetaValue           e                         coordinator's epoch
+//! v                          version of these rows
 //! ```
 
 use crate::error::{Error, IoContext};
 use crate::journal::Location;
 use heddle_proto::{Hash, RecordingId};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+/// Rows of another version are thrown away, and made anew from the journal.
+const VERSION: u32 = 2;
 /// Largest value of a row.
 const VALUE_BYTES_MAX: usize = 4 << 10;
 /// Cap of sled's cache.
@@ -43,6 +47,22 @@ pub struct RecordingRow {
     pub epoch: u64,
     pub token: Vec<u8>,
     pub manifest: Location,
+    pub events: u64,
+    pub icount: u64,
+    pub chunks: u64,
+    pub bytes_stored: u64,
+    pub bytes_raw: u64,
+    pub last_chunk: Hash,
+    pub counts: Vec<u32>,
+    /// The last of the chunks that were there before, if they were written anew.
+    pub rewritten_from: Hash,
+    pub rewriting: Option<Rewriting>,
+}
+
+/// How far the writing of a recording's chunks anew is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Rewriting {
     pub events: u64,
     pub icount: u64,
     pub chunks: u64,
@@ -85,7 +105,7 @@ pub struct BlockRow {
 pub type MetaValue = Location;
 
 /// A row's key.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key(Vec<u8>);
 
 impl Key {
@@ -105,6 +125,14 @@ impl Key {
     pub fn chunk(id: RecordingId, first_event: u64) -> Key {
         Key([b"c", &id.0[..], &first_event.to_be_bytes()].concat())
     }
+    /// A chunk that was written anew, by its first event.
+    pub fn rewritten(id: RecordingId, first_event: u64) -> Key {
+        Key([b"w", &id.0[..], &first_event.to_be_bytes()].concat())
+    }
+    /// Where an adopted chunk goes that was [written anew](Key::rewritten).
+    pub(crate) fn adopted(self) -> Key {
+        Key([b"c", &self.0[1..]].concat())
+    }
     /// A snapshot, by its icount.
     pub fn snapshot(id: RecordingId, icount: u64) -> Key {
         Key([b"s", &id.0[..], &icount.to_be_bytes()].concat())
@@ -112,6 +140,10 @@ impl Key {
     /// A block.
     pub fn block(hash: Hash) -> Key {
         Key([b"b", &hash.0[..]].concat())
+    }
+    /// The rows' version.
+    fn version() -> Key {
+        Key(b"v".to_vec())
     }
     /// A coordinator's row.
     pub fn meta(key: &str) -> Key {
@@ -145,9 +177,10 @@ impl Changes {
     }
 }
 
-/// The beginnings of the keys of a recording's rows: itself, its chunks, its snapshots.
-fn prefixes_of(id: RecordingId) -> [Vec<u8>; 3] {
-    [b"r", b"c", b"s"].map(|kind| [&kind[..], &id.0[..]].concat())
+/// The beginnings of the keys of a recording's rows: itself, its chunks, its snapshots,
+/// its chunks written anew.
+fn prefixes_of(id: RecordingId) -> [Vec<u8>; 4] {
+    [b"r", b"c", b"s", b"w"].map(|kind| [&kind[..], &id.0[..]].concat())
 }
 
 /// The rows.
@@ -171,6 +204,7 @@ impl Catalog {
         };
         if let Some(catalog) = usable
             && catalog.applied().is_ok_and(|applied| applied <= last_index)
+            && (catalog.is_new()? || catalog.get(&Key::version()).is_ok_and(|found| found == Some(VERSION)))
         {
             return Ok(catalog);
         }
@@ -208,6 +242,29 @@ impl Catalog {
         })
     }
 
+    fn is_new(&self) -> Result<bool, Error> {
+        Ok(self.tree.iter().keys().next().transpose()?.is_none())
+    }
+
+    /// The rows of a kind, `c` or `w`, that a recording will have once `changes` are written.
+    pub(crate) fn chunk_rows_with(
+        &self,
+        kind: u8,
+        id: RecordingId,
+        changes: &Changes,
+    ) -> Result<BTreeMap<Key, ChunkRow>, Error> {
+        let prefix = [&[kind], &id.0[..]].concat();
+        let mut rows = BTreeMap::new();
+        for row in self.tree.scan_prefix(&prefix) {
+            let (key, value) = row?;
+            rows.insert(Key(key.to_vec()), Some(value.to_vec()));
+        }
+        let changed = changes.0.iter().filter(|(key, _)| key.0.starts_with(&prefix));
+        rows.extend(changed.map(|(key, value)| (key.clone(), value.clone())));
+        let kept = rows.into_iter().filter_map(|(key, value)| Some((key, value?)));
+        kept.map(|(key, value)| Ok((key, self.decode(&value)?))).collect()
+    }
+
     /// The index of the last entry that the rows follow.
     pub fn applied(&self) -> Result<u64, Error> {
         Ok(self.get(&Key::applied())?.unwrap_or(0))
@@ -216,6 +273,7 @@ impl Catalog {
     /// Writes rows and the applied index, all or none.
     pub fn write(&self, mut changes: Changes, applied: u64) -> Result<(), Error> {
         changes.put(Key::applied(), &applied);
+        changes.put(Key::version(), &VERSION);
         let mut batch = sled::Batch::default();
         for (key, value) in changes.0 {
             match value {

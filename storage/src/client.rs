@@ -3,6 +3,7 @@
 use crate::channel::{MESSAGE_BYTES_MAX, connect, is_transient};
 use crate::service::{BLOCK_BYTES_MAX, LEADER_KEY, compress_block};
 use bytes::Bytes;
+use heddle_proto::compress::decompress;
 use heddle_proto::v1::log_store_client::LogStoreClient;
 use heddle_proto::{Chunk, Hash, RecordingId, v1};
 use std::collections::HashMap;
@@ -209,6 +210,22 @@ impl StoreClient {
         .map(drop)
     }
 
+    /// Puts the chunks that were written anew in the place of those that end with `old`.
+    pub async fn adopt(&self, id: RecordingId, epoch: u64, old: Hash, new: Hash) -> Result<(), StoreError> {
+        let request = v1::AdoptRequest {
+            recording: id.to_vec().into(),
+            epoch,
+            old: old.to_vec().into(),
+            new: new.to_vec().into(),
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.adopt(request).await }
+        })
+        .await
+        .map(drop)
+    }
+
     /// Registers a snapshot whose blocks are stored.
     pub async fn add_snapshot(
         &self,
@@ -273,6 +290,12 @@ impl StoreClient {
                     client.read(request).await.map_err(|s| self.transient(tried, s))?.into_inner();
                 while let Some(reply) = stream.message().await.map_err(|s| self.transient(tried, s))? {
                     let chunk = Chunk::parse(reply.chunk).map_err(|e| StoreError::Corrupt(e.to_string()))?;
+                    let end = chunks.last().map(|last| last.header.end_event());
+                    if end.is_some_and(|end| end != chunk.header.first_event) {
+                        // They were written anew meanwhile, with other borders.
+                        chunks.clear();
+                        return Err(StoreError::Unavailable("the chunks were written anew".into()));
+                    }
                     chunks.push(chunk);
                 }
                 Ok::<(), StoreError>(())
@@ -348,8 +371,8 @@ impl StoreClient {
             let block = stream.message().await.map_err(|s| self.transient(tried, s))?;
             let block =
                 block.ok_or_else(|| StoreError::Unavailable("the stream of blocks ended early".into()))?;
-            let raw = zstd::bulk::decompress(&block.data, BLOCK_BYTES_MAX)
-                .map_err(|_| StoreError::Corrupt(format!("block {hash} does not decompress")))?;
+            let raw = decompress(&block.data, BLOCK_BYTES_MAX)
+                .ok_or_else(|| StoreError::Corrupt(format!("block {hash} does not decompress")))?;
             if Hash::of(&raw) != *hash {
                 return Err(StoreError::Corrupt(format!("block {hash} has other bytes")));
             }

@@ -86,6 +86,24 @@ pub enum Command {
         /// Which.
         recording: RecordingId,
     },
+    /// One chunk of a sealed recording that is written anew. Bulk: the chunk.
+    Rewrite {
+        /// Which.
+        recording: RecordingId,
+        /// The writer's epoch.
+        epoch: u64,
+    },
+    /// The rewritten chunks take the place of the old.
+    Adopt {
+        /// Which.
+        recording: RecordingId,
+        /// The writer's epoch.
+        epoch: u64,
+        /// The last of the old chunks.
+        old: Hash,
+        /// The last of the new.
+        new: Hash,
+    },
 }
 
 impl Command {

@@ -15,6 +15,7 @@ pub mod error;
 pub mod journal;
 pub mod raft_log;
 pub mod replica;
+mod rewrite;
 pub mod server;
 pub mod service;
 pub mod transport;

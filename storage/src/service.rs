@@ -7,6 +7,7 @@ use crate::error::Error;
 use crate::journal::{DATA_BYTES_MAX, JournalReader};
 use crate::replica::{Answer, Handle, Input, NotDone};
 use bytes::Bytes;
+use heddle_proto::compress::{compress, decompress};
 use heddle_proto::manifest::MANIFEST_BYTES_MAX;
 use heddle_proto::v1::log_store_server::LogStore;
 use heddle_proto::{Chunk, Hash, RecordingId, v1};
@@ -138,6 +139,7 @@ impl StoreService {
                 })
                 .collect(),
             last_chunk: row.last_chunk.to_vec().into(),
+            rewritten_from: row.rewritten_from.to_vec().into(),
             counts: row.counts,
         })
     }
@@ -216,7 +218,12 @@ impl LogStore for StoreService {
                     // Header, length and payload hash, before anything is proposed.
                     let chunk = Chunk::parse(request.chunk)
                         .map_err(|error| Status::invalid_argument(error.to_string()))?;
-                    let data = Command::Append { recording, epoch: request.epoch }.encode(&chunk.bytes);
+                    let epoch = request.epoch;
+                    let command = match request.rewrites {
+                        false => Command::Append { recording, epoch },
+                        true => Command::Rewrite { recording, epoch },
+                    };
+                    let data = command.encode(&chunk.bytes);
                     let (answer, receiver) = oneshot::channel();
                     service.replica.send(Input::Propose(data, answer));
                     Ok::<_, Status>((receiver, permit))
@@ -267,6 +274,14 @@ impl LogStore for StoreService {
             Outcome::Committed { events } => Ok(Response::new(v1::SealReply { committed_events: events })),
             _ => Err(Status::internal("seal has another outcome")),
         }
+    }
+
+    async fn adopt(&self, request: Request<v1::AdoptRequest>) -> Result<Response<v1::AdoptReply>, Status> {
+        let r = request.into_inner();
+        let (recording, epoch) = (recording_id(&r.recording)?, r.epoch);
+        let command = Command::Adopt { recording, epoch, old: hash(&r.old)?, new: hash(&r.new)? };
+        self.propose(command, &[]).await?;
+        Ok(Response::new(v1::AdoptReply {}))
     }
 
     async fn add_snapshot(
@@ -376,7 +391,7 @@ impl LogStore for StoreService {
         let mut bulk = Vec::with_capacity(total);
         for block in blocks {
             let name = hash(&block.hash)?;
-            let raw = zstd::bulk::decompress(&block.data, BLOCK_BYTES_MAX).map_err(|_| {
+            let raw = decompress(&block.data, BLOCK_BYTES_MAX).ok_or_else(|| {
                 Status::invalid_argument(format!(
                     "block {name} does not decompress to at most {BLOCK_BYTES_MAX} bytes"
                 ))
@@ -487,7 +502,10 @@ impl LogStore for StoreService {
     }
 }
 
+/// The fastest: a snapshot's pages wait for it.
+const BLOCK_LEVEL: i32 = 1;
+
 /// Compresses a block for the wire and the store.
 pub fn compress_block(bytes: &[u8]) -> Bytes {
-    Bytes::from(zstd::bulk::compress(bytes, 1).expect("zstd compresses to memory"))
+    Bytes::from(compress(bytes, BLOCK_LEVEL))
 }

@@ -184,7 +184,7 @@ pub fn chunks(id: RecordingId, events: &[Event], each: usize) -> Vec<Chunk> {
     let mut builder = ChunkBuilder::new(id);
     let mut chunks = vec![];
     for (i, event) in events.iter().enumerate() {
-        builder.push(event.clone());
+        builder.push(event);
         let next_is_async = events.get(i + 1).is_some_and(|next| next.body.is_async());
         if (i + 1) % each == 0 && !next_is_async {
             chunks.extend(builder.take());
@@ -227,6 +227,7 @@ pub async fn append(store: &StoreClient, epoch: u64, chunks: &[Chunk]) -> Result
             recording: chunk.header.recording.to_vec().into(),
             epoch,
             chunk: chunk.bytes.clone(),
+            rewrites: false,
         })
         .collect();
     let sent = requests.len();

@@ -1,6 +1,7 @@
 //! The log store as three real processes: what was acknowledged is there.
 #![allow(clippy::unwrap_used)]
 
+use heddle_node::rewrite::rewrite;
 use heddle_proto::{Body, Event, Hash, Role, v1};
 use heddle_storage::StoreError;
 use heddle_tests::{Processes, append, chunks, count, new_id, until};
@@ -55,13 +56,55 @@ async fn epochs_duplicates_gaps_and_conflicts() {
     // A damaged chunk is refused before it is proposed.
     let mut bytes = all[6].bytes.to_vec();
     bytes[300] ^= 1;
-    let request = v1::AppendRequest { recording: id.to_vec().into(), epoch: 2, chunk: bytes.into() };
+    let request =
+        v1::AppendRequest { recording: id.to_vec().into(), epoch: 2, chunk: bytes.into(), rewrites: false };
     let reply = store.leader().unwrap().append(tokio_stream::iter([request])).await;
     let status = match reply {
         Ok(reply) => reply.into_inner().message().await.unwrap_err(),
         Err(status) => status,
     };
     assert!(status.message().contains("payload does not have the hash"), "{status}");
+    p.cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sealed_recording_is_written_anew_and_stays_the_same() {
+    let p = Processes::start(0, 5000).await;
+    let store = &p.client.store;
+    let (id, all) = (new_id(), events(0, 5000));
+    let small = chunks(id, &all, 50);
+    let epoch = store.open(id, b"one", &manifest(), false).await.unwrap().epoch;
+    p.leader().await;
+    // Nothing is there yet, so nothing is to do.
+    rewrite(store, id, epoch).await.unwrap();
+    append(store, epoch, &small).await.unwrap();
+    let open = rewrite(store, id, epoch).await.unwrap_err();
+    assert!(format!("{open:#}").contains("seal it first"), "{open:#}");
+    let old = small.last().unwrap().id();
+    store.seal(id, epoch, 5000, old, false).await.unwrap();
+    let before = store.get(id).await.unwrap();
+    // Another writer may not, and nothing is adopted that was not written.
+    assert!(rewrite(store, id, epoch + 1).await.is_err());
+    let none = store.adopt(id, epoch, old, old).await.unwrap_err();
+    assert!(matches!(none, StoreError::Conflict(_)), "{none}");
+
+    rewrite(store, id, epoch).await.unwrap();
+    let after = store.get(id).await.unwrap();
+    assert_eq!((before.chunks, after.chunks), (100, 1));
+    assert!(after.bytes_stored < before.bytes_stored * 3 / 4, "{} bytes", after.bytes_stored);
+    assert_eq!((&after.counts, after.committed_icount), (&before.counts, before.committed_icount));
+    assert_eq!(after.rewritten_from, before.last_chunk);
+    let read = store.read(id, 2000, 2001).await.unwrap();
+    assert_eq!(read.len(), 1);
+    read[0].check_follows(None, old).unwrap();
+    assert_eq!(read[0].events().unwrap(), all);
+    assert_eq!(read[0].id().to_vec(), after.last_chunk.to_vec());
+    // A seal that is tried again has its answer, and so has the adoption.
+    store.seal(id, epoch, 5000, old, false).await.unwrap();
+    store.adopt(id, epoch, old, read[0].id()).await.unwrap();
+    // All replicas agree, and it is gone as a whole.
+    store.delete(id).await.unwrap();
+    assert!(matches!(store.get(id).await.unwrap_err(), StoreError::NotFound(_)));
     p.cluster.stop().await;
 }
 

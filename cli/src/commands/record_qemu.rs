@@ -37,6 +37,7 @@ pub async fn run(cluster: &Cluster, command: RecordQemu, format: Format) -> Resu
         labels: labels(&command.labels)?,
         planned,
         snapshot_every: command.snapshot_every,
+        last_snapshot: !command.no_last_snapshot,
         outbox_dir: outbox_dir.clone(),
         outbox_bytes: command.outbox_bytes,
     };

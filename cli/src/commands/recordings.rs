@@ -4,7 +4,7 @@ use crate::args::{Describe, Kind};
 use crate::exit::{CORRUPT, INCOMPATIBLE, NOTHING, OK, USAGE, coded};
 use anyhow::Result;
 use heddle_proto::manifest::ManifestError;
-use heddle_proto::{Event, Manifest, RecordingId, v1};
+use heddle_proto::{Event, Hash, Manifest, RecordingId, v1};
 use heddle_storage::StoreClient;
 
 /// A recording as listed.
@@ -81,12 +81,13 @@ pub async fn delete(store: &StoreClient, command: Describe) -> Result<u8> {
 /// All events of a recording, with the chain of chunks checked.
 pub async fn events(store: &StoreClient, id: RecordingId) -> Result<Vec<Event>> {
     let chunks = store.read(id, 0, 0).await?;
+    let anchor = Hash::from_slice(&store.get(id).await?.rewritten_from).unwrap_or(Hash::ZERO);
     let mut events = vec![];
     let mut before = None;
     for chunk in &chunks {
         let at = chunk.header.first_event;
         let damaged = |error| coded(CORRUPT, format!("chunk at event {at} of {id}: {error}"));
-        chunk.check_follows(before).map_err(damaged)?;
+        chunk.check_follows(before, anchor).map_err(damaged)?;
         events.extend(chunk.events().map_err(damaged)?);
         before = Some(&chunk.header);
     }

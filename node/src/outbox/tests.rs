@@ -10,7 +10,7 @@ fn chunks(count: u64) -> Vec<Chunk> {
         .map(|i| {
             for k in 0..20 {
                 let value = i * 31 + k;
-                builder.push(Event {
+                builder.push(&Event {
                     icount: i * 100 + k,
                     role: Role::Vcpu,
                     body: Body::Check { value, output: value },

@@ -58,6 +58,8 @@ pub struct QemuRequest {
     pub planned: Planned,
     /// Instructions between snapshots, 0 for none but the last.
     pub snapshot_every: u64,
+    /// Whether the last state is saved: without it the end has no digest.
+    pub last_snapshot: bool,
     /// Where the outbox and the ring go.
     pub outbox_dir: PathBuf,
     /// How large the outbox may become.
@@ -205,6 +207,7 @@ pub async fn record(
         watermarks: watermarks.clone(),
         stop: stop.clone(),
         snapshot_every: request.snapshot_every,
+        last_snapshot: request.last_snapshot,
     };
     let ring = request.outbox_dir.join(format!("{id}.ring"));
     let ring_path = ring.clone();
@@ -304,6 +307,7 @@ struct Driver {
     watermarks: Watermarks,
     stop: Arc<AtomicU16>,
     snapshot_every: u64,
+    last_snapshot: bool,
 }
 
 /// A state that was saved and is being taken apart on a thread of its own. While it is,
@@ -419,12 +423,13 @@ impl Driver {
         course.qmp.command("stop", serde_json::json!({}))?;
         std::thread::sleep(SETTLE);
         let name = format!("heddle-{}", course.saved);
-        let is_saved = course.qmp.try_save(&name).context("save the guest's state")?;
+        let is_wanted = self.last_snapshot || !is_final;
+        let is_saved = is_wanted && course.qmp.try_save(&name).context("save the guest's state")?;
         self.pump(&mut course.pump, process, true)?;
         let is_off = !matches!(course.qmp.status()?.as_str(), "running" | "paused");
-        if !is_saved && is_off {
-            // Switched off with async events queued, which nothing will ever take: it ends
-            // without a last state.
+        if !is_wanted || (!is_saved && is_off) {
+            // Nobody wants it, or it was switched off with async events queued, which nothing
+            // will ever take: it ends without a last state.
             course.is_ending = true;
             course.digest = None;
             let _ = course.qmp.command("quit", serde_json::json!({}));

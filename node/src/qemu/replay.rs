@@ -235,7 +235,12 @@ fn follow(process: &mut Process, watch: &mut Watch, qmp: &mut Option<Qmp>, contr
             // A guest that computes reads nothing for long; only its icount tells.
             asked = Instant::now();
             let next = (watch.seen < watch.feed.places.len()).then(|| watch.event(watch.seen));
-            tracing::debug!(?next, offset, still_ms = moved.elapsed().as_millis() as u64, "the log stands still");
+            tracing::debug!(
+                ?next,
+                offset,
+                still_ms = moved.elapsed().as_millis() as u64,
+                "the log stands still"
+            );
             if let Ok(icount) = connected(process, qmp).and_then(Qmp::icount)
                 && icount != last_icount
             {

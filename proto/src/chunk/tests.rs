@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
+use crate::event::{CheckpointKind, ClockKind, Role};
 use proptest::prelude::*;
 
 fn body() -> impl Strategy<Value = Body> {

@@ -1,0 +1,32 @@
+//! zstd with contexts that a thread keeps: making one costs more than a small block.
+
+use std::cell::RefCell;
+use zstd::bulk::{Compressor, Decompressor};
+
+thread_local! {
+    static COMPRESSOR: RefCell<Option<(i32, Compressor<'static>)>> = const { RefCell::new(None) };
+    static DECOMPRESSOR: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
+}
+
+/// Compresses at a level.
+///
+/// Panics if zstd can't have memory.
+pub fn compress(bytes: &[u8], level: i32) -> Vec<u8> {
+    COMPRESSOR.with_borrow_mut(|kept| {
+        if kept.as_ref().is_none_or(|(of, _)| *of != level) {
+            *kept = Some((level, Compressor::new(level).expect("zstd has memory for a context")));
+        }
+        let (_, compressor) = kept.as_mut().expect("it was just made");
+        compressor.compress(bytes).expect("zstd compresses to memory")
+    })
+}
+
+/// Decompresses what is at most `bytes_max` long; `None` if it is longer, or not zstd's.
+pub fn decompress(bytes: &[u8], bytes_max: usize) -> Option<Vec<u8>> {
+    DECOMPRESSOR.with_borrow_mut(|kept| {
+        if kept.is_none() {
+            *kept = Some(Decompressor::new().ok()?);
+        }
+        kept.as_mut()?.decompress(bytes, bytes_max).ok()
+    })
+}
