@@ -214,6 +214,10 @@ pub struct RecordQemu {
     /// roles alone.
     #[arg(long)]
     pub no_last_snapshot: bool,
+    /// Where events' thread roles come from: `by-rule` allows a QEMU that does not load
+    /// the tap (static, musl, set-uid), and guesses them by the log's grammar.
+    #[arg(long, value_parser = ["tap", "by-rule"], default_value = "tap")]
+    pub roles: String,
     /// Keep the recording only if the guest fails: exit code other than 0.
     #[arg(long, value_name = "WHEN", value_parser = ["always", "fail"], default_value = "always")]
     pub keep_if: String,

@@ -112,6 +112,11 @@ pub struct Processes {
 impl Processes {
     /// Three replicas, a coordinator, `nodes` nodes, short leases.
     pub async fn start(nodes: u64, lease_ms: u64) -> Processes {
+        Processes::offering(nodes, lease_ms, vec![]).await
+    }
+
+    /// The same, with nodes that offer these QEMUs alone; none: those that are installed.
+    pub async fn offering(nodes: u64, lease_ms: u64, qemu: Vec<PathBuf>) -> Processes {
         let dir = TempDir::new().unwrap();
         let cluster = LocalCluster::start(LocalConfig {
             program: program(),
@@ -121,7 +126,7 @@ impl Processes {
             slots: 1,
             lease_ms,
             offers_planted: true,
-            qemu: vec![],
+            qemu,
         })
         .await
         .unwrap();

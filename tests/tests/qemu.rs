@@ -336,6 +336,34 @@ async fn a_guest_without_events_is_judged_by_its_position() {
     assert!(again.out == said.out && said.out.contains("tick: done"), "{} {}", again.out, said.out);
 }
 
+/// A set-group-id copy: the dynamic linker loads no tap into it, as into a static build.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_the_tap_roles_go_by_rule_when_asked() {
+    use std::os::unix::fs::PermissionsExt;
+    let files = Files::new();
+    let program = files.0.path().join("qemu-system-riscv64");
+    std::fs::copy(format!("/usr/bin/{RISCV}"), &program).unwrap();
+    std::os::unix::fs::chown(&program, None, Some(1)).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o2755)).unwrap();
+    let p = Processes::offering(1, 10_000, vec![program.clone()]).await;
+    let line = format!(
+        "{} -M virt -m 16 -nographic -bios none -kernel {}",
+        program.display(),
+        files.path("tick-riscv.elf")
+    );
+    let line: Vec<String> = line.split(' ').map(String::from).collect();
+    let refused = record(&p, "refused", &[], &line, b"").await.expect(6);
+    assert!(refused.err.contains("--roles by-rule"), "{}", refused.err);
+    record(&p, "rule", &["--roles", "by-rule"], &line, b"").await.expect(0);
+    let value = replay(&p, "rule", &[]).await;
+    assert_eq!((&value["verdict"], &value["role_checked"]), (&"match".into(), &0.into()), "{value}");
+    let events = events_of(&p, "rule").await;
+    assert!(events.len() > 100, "{} events", events.len());
+    for pair in events.windows(2) {
+        assert_eq!(pair[1].role, by_rule(Some(&pair[0]), &pair[1].body), "{}", pair[1]);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn indexed_debugged_drawn_and_examined() {
     let (p, files) = (Processes::start(2, 10_000).await, Files::new());

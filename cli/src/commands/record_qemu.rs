@@ -23,7 +23,8 @@ pub async fn run(cluster: &Cluster, command: RecordQemu, format: Format) -> Resu
     let is_quiet = output::is_for_programs(format);
     // Refused before the terminal changes hands or anything is stored.
     let given = command.command.clone();
-    let planned = tokio::task::spawn_blocking(move || heddle_node::qemu::record::plan(&given))
+    let by_rule = command.roles == "by-rule";
+    let planned = tokio::task::spawn_blocking(move || heddle_node::qemu::record::plan(&given, by_rule))
         .await?
         .map_err(|error| match error.downcast_ref::<Refused>() {
             Some(_) => coded(USAGE, format!("{error:#}")),

@@ -3,7 +3,10 @@
 use crate::qemu::ring::{Mode, Ring, write_tap};
 use anyhow::{Context, Result, ensure};
 use heddle_proto::Hash;
+use heddle_proto::qemu::RoleSource;
 use heddle_replay_engine::qemu::log::Dialect;
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -27,6 +30,9 @@ pub struct QemuBuild {
     pub arch: String,
     /// `7.2.22`.
     pub version: String,
+    /// Whether it loads the tap. A static, musl or set-uid build does not: its threads
+    /// are told apart by rule.
+    pub is_tapped: bool,
 }
 
 impl QemuBuild {
@@ -51,12 +57,18 @@ impl QemuBuild {
             .and_then(|line| line.strip_prefix("QEMU emulator version "))
             .and_then(|rest| rest.split_whitespace().next())
             .with_context(|| format!("{} --version does not speak like QEMU: {said:?}", program.display()))?;
-        let binary = ring.program()?;
-        ensure!(
-            !binary.as_os_str().is_empty(),
-            "{} does not load the tap: a static, musl or set-uid build can't be recorded with its true thread roles",
-            program.display()
-        );
+        let mut binary = ring.program()?;
+        let is_tapped = !binary.as_os_str().is_empty();
+        if !is_tapped {
+            let mut magic = [0; 4];
+            let read = File::open(&program).and_then(|mut file| file.read_exact(&mut magic));
+            ensure!(
+                read.is_ok() && magic == *b"\x7fELF",
+                "{} does not load the tap, and is not a program itself: name the real one behind it",
+                program.display()
+            );
+            binary = program.clone();
+        }
         let binary_name = binary.file_name().unwrap_or_default().to_string_lossy().into_owned();
         // A wrapper's name says the architecture that the user means.
         let arch = binary_name.strip_prefix("qemu-system-").unwrap_or("unknown").to_string();
@@ -70,7 +82,13 @@ impl QemuBuild {
             binary_name,
             arch,
             version: version.to_string(),
+            is_tapped,
         })
+    }
+
+    /// Where the roles of its recordings' events come from.
+    pub fn roles(&self) -> RoleSource {
+        if self.is_tapped { RoleSource::Tap } else { RoleSource::ByRule }
     }
 
     /// The dialect of its logs.

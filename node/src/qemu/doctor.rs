@@ -13,7 +13,7 @@ use crate::qemu::span::QemuSpan;
 use crate::replay::Control;
 use anyhow::{Context, Result, bail, ensure};
 use heddle_proto::manifest::MANIFEST_VERSION;
-use heddle_proto::qemu::{QemuSpec, RoleSource};
+use heddle_proto::qemu::QemuSpec;
 use heddle_proto::verdict::TaskResult;
 use heddle_proto::{EmulatorSpec, Event, Manifest, Position, RecordingId};
 use heddle_replay_engine::guest;
@@ -150,7 +150,7 @@ fn record(build: &QemuBuild) -> Result<Recorded> {
         }],
         disks: vec![],
         icount: plan.icount,
-        roles: RoleSource::Tap,
+        roles: build.roles(),
         memory_bytes: plan.memory_bytes,
     };
     let contents = Contents { files: vec![Arc::from(image)], disks: vec![] };
@@ -173,13 +173,16 @@ fn record(build: &QemuBuild) -> Result<Recorded> {
         is_pinned: false,
         is_stopped: false,
         holds: None,
+        is_tapped: build.is_tapped,
     })?;
     let mut qmp = process.qmp()?;
-    let mut pump = Pump::new(Decoder::new(dialect, HEADER_BYTES, 0), HEADER_BYTES, Position::default());
+    let mut pump =
+        Pump::new(Decoder::new(dialect, HEADER_BYTES, 0), HEADER_BYTES, Position::default(), build.roles());
     let mut events: Vec<Event> = vec![];
     let mut saved: Vec<&str> = vec![];
     let began = Instant::now();
     while saved.len() < places.len() {
+        process.tail()?;
         events.extend(pump.take(&mut process.ring)?);
         if pump.position().icount > places[saved.len()] {
             let name = ["middle", "end"][saved.len()];
@@ -197,6 +200,7 @@ fn record(build: &QemuBuild) -> Result<Recorded> {
         ensure!(began.elapsed() < LIMIT, "the self-test guest has not come that far in {LIMIT:?}");
         std::thread::sleep(POLL);
     }
+    process.tail()?;
     events.extend(pump.take(&mut process.ring)?);
     let mut middle = capture(&mut Tracker::default(), "middle", &scratch.vm_state(), &[])?;
     let mut end = capture(&mut Tracker::default(), "end", &scratch.vm_state(), &[])?;

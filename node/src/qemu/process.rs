@@ -3,12 +3,13 @@
 use crate::qemu::qmp::Qmp;
 use crate::qemu::ring::{Mode, Ring, Stage, write_tap};
 use anyhow::{Context, Result, bail};
-use heddle_replay_engine::qemu::log::Dialect;
+use heddle_replay_engine::qemu::log::{Dialect, HEADER_BYTES};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Resource, Rlimit, Signal};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -27,6 +28,10 @@ const OWN_MEMORY_BYTES: u64 = 8 << 30;
 const CPU_SECONDS_MAX: u64 = 24 * 3600;
 /// Standard error that is kept.
 const STDERR_BYTES_MAX: u64 = 64 << 10;
+/// Bytes of a log that are read at a time.
+const TAIL_BYTES: usize = 256 << 10;
+/// Of util-linux.
+const SETPRIV: &str = "/usr/bin/setpriv";
 /// The name of every run's own drive and snapshot.
 pub const VM_STATE: &str = "heddle-vmstate";
 
@@ -64,6 +69,8 @@ pub struct Launch<'a> {
     pub is_stopped: bool,
     /// Where the main loop may sleep in a replay.
     pub holds: Option<PathBuf>,
+    /// Whether the program loads the tap. If not, it writes its log to a file.
+    pub is_tapped: bool,
 }
 
 /// A QEMU that runs. Dropping it kills and reaps it.
@@ -71,6 +78,8 @@ pub struct Process {
     child: Child,
     /// The tap's ring.
     pub ring: Ring,
+    /// The log that a program without the tap writes, and how far it was read.
+    tail: Option<(PathBuf, u64)>,
     qmp_path: PathBuf,
     stderr: PathBuf,
     _core: Option<File>,
@@ -89,7 +98,22 @@ impl Process {
         if let Some(snapshot) = launch.snapshot {
             icount.push_str(&format!(",rrsnapshot={snapshot}"));
         }
-        let mut command = Command::new(launch.program);
+        let mut command = match (launch.is_tapped, Path::new(SETPRIV).exists()) {
+            // Without the tap, which sees to it, somebody else must end it with its node.
+            (false, true) => {
+                let mut command = Command::new(SETPRIV);
+                command.args(["--pdeathsig", "KILL", "--"]).arg(launch.program);
+                command
+            }
+            _ => Command::new(launch.program),
+        };
+        if launch.is_tapped {
+            command
+                .env("LD_PRELOAD", &tap)
+                .env("HEDDLE_TAP_RING", &launch.ring)
+                .env("HEDDLE_TAP_LOG", &launch.log)
+                .envs(launch.holds.map(|holds| ("HEDDLE_TAP_HOLDS", holds)));
+        }
         command
             // The first drive is the one that QEMU saves VM states to. Nothing in a scratch
             // directory outlives the run, so nothing there is flushed.
@@ -106,23 +130,44 @@ impl Process {
             .args(["-mon", "chardev=heddle-qmp,mode=control"])
             .args(["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"])
             .args(launch.is_stopped.then_some("-S"))
-            .env("LD_PRELOAD", &tap)
-            .env("HEDDLE_TAP_RING", &launch.ring)
-            .env("HEDDLE_TAP_LOG", &launch.log)
-            .envs(launch.holds.map(|holds| ("HEDDLE_TAP_HOLDS", holds)))
             .stdin(launch.stdin)
             .stdout(launch.stdout)
             .stderr(File::create(&stderr).context("create QEMU's standard error")?)
             .current_dir(launch.scratch)
             .process_group(0);
         let child = command.spawn().with_context(|| format!("start {}", launch.program.display()))?;
-        let mut process = Process { child, ring, qmp_path, stderr, _core: None };
+        let is_tailed = !launch.is_tapped && launch.mode == Mode::Record;
+        let tail = is_tailed.then(|| (launch.log.clone(), HEADER_BYTES));
+        let mut process = Process { child, ring, tail, qmp_path, stderr, _core: None };
         process.limit(launch.memory_bytes, launch.mode);
         if launch.is_pinned {
             process._core = process.pin();
         }
-        process.await_hello(launch.program)?;
+        process.await_hello(launch.program, launch.is_tapped)?;
         Ok(process)
+    }
+
+    /// Takes what a program without the tap has logged into the ring. What it still
+    /// buffers is lost with it.
+    pub fn tail(&mut self) -> Result<()> {
+        let Some((path, at)) = &mut self.tail else { return Ok(()) };
+        let what = || format!("read {}", path.display());
+        let Ok(file) = File::open(&*path) else { return Ok(()) };
+        let mut buffer = vec![0; TAIL_BYTES];
+        loop {
+            let read = file.read_at(&mut buffer, *at).with_context(what)?;
+            let taken = self.ring.push(&buffer[..read])?;
+            *at += taken as u64;
+            if taken < TAIL_BYTES {
+                break;
+            }
+        }
+        // The version is written over the header when the log is closed.
+        let mut version = [0; 4];
+        if file.read_exact_at(&mut version, 0).is_ok() && version != [0; 4] {
+            self.ring.close()?;
+        }
+        Ok(())
     }
 
     fn pid(&self) -> Pid {
@@ -175,10 +220,10 @@ impl Process {
         }
     }
 
-    fn await_hello(&mut self, program: &Path) -> Result<()> {
+    fn await_hello(&mut self, program: &Path, is_tapped: bool) -> Result<()> {
         let until = Instant::now() + HELLO;
         loop {
-            if self.ring.stage()? >= Stage::Open {
+            if self.ring.stage()? >= Stage::Open || (!is_tapped && self.qmp_path.exists()) {
                 return Ok(());
             }
             if let Some(status) = self.try_wait()? {

@@ -3,9 +3,10 @@
 
 use crate::qemu::ring::Ring;
 use anyhow::{Context, Result};
+use heddle_proto::qemu::RoleSource;
 use heddle_proto::{Body, Event, Position, QemuEvent, Role};
-use heddle_replay_engine::qemu::log::{Decoder, HEADER_BYTES};
-use heddle_replay_engine::qemu::roles::Marks;
+use heddle_replay_engine::qemu::log::{Decoder, HEADER_BYTES, Located};
+use heddle_replay_engine::qemu::roles::{Marks, by_rule};
 use std::collections::VecDeque;
 use std::path::Path;
 
@@ -21,10 +22,13 @@ pub(crate) struct Pump {
     /// Offset and position behind each event that the outbox may not have yet.
     ends: VecDeque<(u64, Position)>,
     pub(crate) has_shutdown: bool,
+    /// The last event, whose role may tell the next one's, where no thread is known.
+    by_rule: Option<Event>,
+    roles: RoleSource,
 }
 
 impl Pump {
-    pub(crate) fn new(decoder: Decoder, from: u64, position: Position) -> Pump {
+    pub(crate) fn new(decoder: Decoder, from: u64, position: Position, roles: RoleSource) -> Pump {
         Pump {
             decoder,
             marks: Marks::default(),
@@ -34,7 +38,23 @@ impl Pump {
             icount: position.icount,
             ends: VecDeque::new(),
             has_shutdown: false,
+            by_rule: None,
+            roles,
         }
+    }
+
+    fn event(&mut self, located: Located, unknown: Role) -> Event {
+        let role = match self.roles {
+            RoleSource::Tap => {
+                self.marks.at(located.start).and_then(|thread| thread.role()).unwrap_or(unknown)
+            }
+            RoleSource::ByRule => by_rule(self.by_rule.as_ref(), &located.body),
+        };
+        let event = Event { icount: located.icount, role, body: located.body };
+        if self.roles == RoleSource::ByRule {
+            self.by_rule = Some(event.clone());
+        }
+        event
     }
 
     /// Takes what is new; the groups of events that are complete.
@@ -47,15 +67,14 @@ impl Pump {
         self.decoder.push(&bytes);
         let mut complete = vec![];
         while let Some(located) = self.decoder.next_event() {
-            let role = self.marks.at(located.start).and_then(|thread| thread.role());
-            let role = role.unwrap_or(Role::Iothread);
             self.events += 1;
             self.icount = located.icount;
             self.has_shutdown |= matches!(located.body, Body::Qemu(QemuEvent::Shutdown { .. }));
             let position = Position { icount: located.icount, event: self.events };
             self.ends.push_back((located.end, position));
             let is_async = located.body.is_async();
-            self.group.push(Event { icount: located.icount, role, body: located.body });
+            let event = self.event(located, Role::Iothread);
+            self.group.push(event);
             if !is_async {
                 complete.append(&mut self.group);
             }
@@ -72,10 +91,9 @@ impl Pump {
             if matches!(located.body, Body::Qemu(QemuEvent::Raw { .. })) && !keeps_raw {
                 break;
             }
-            let role = self.marks.at(located.start).and_then(|thread| thread.role());
             self.events += 1;
             self.icount = located.icount;
-            rest.push(Event { icount: located.icount, role: role.unwrap_or(Role::Vcpu), body: located.body });
+            rest.push(self.event(located, Role::Vcpu));
         }
         rest
     }
@@ -109,8 +127,10 @@ pub(crate) fn left_in_ring(path: &Path, from: u64) -> Result<Vec<Event>> {
     let (offset, position) = (ring.taken(), ring.position()?);
     // Before anything was given back, the log begins behind its header.
     let offset = offset.max(HEADER_BYTES);
-    let mut pump = Pump::new(Decoder::new(ring.dialect()?, offset, position.icount), offset, position);
-    for (offset, thread) in ring.all_marks()? {
+    let marks = ring.all_marks()?;
+    let roles = if marks.is_empty() { RoleSource::ByRule } else { RoleSource::Tap };
+    let mut pump = Pump::new(Decoder::new(ring.dialect()?, offset, position.icount), offset, position, roles);
+    for (offset, thread) in marks {
         pump.marks.push(offset, thread);
     }
     let mut events = pump.take(&mut ring)?;

@@ -95,11 +95,18 @@ pub struct Planned {
     pub plan: Plan,
 }
 
-/// Checks the command line, before anything runs or is stored.
-pub fn plan(command: &[String]) -> Result<Planned> {
+/// Checks the command line, before anything runs or is stored. `by_rule` allows a build
+/// that does not load the tap, whose threads are told apart by rule.
+pub fn plan(command: &[String], by_rule: bool) -> Result<Planned> {
     let (program, arguments) = command.split_first().context("the command line is empty")?;
     let build = QemuBuild::probe(Path::new(program))?;
     ensure_able(&build.name, "record")?;
+    ensure!(
+        build.is_tapped || by_rule,
+        "{} does not load the tap: a static, musl or set-uid build can't be recorded with its true thread \
+         roles; --roles by-rule records it with the roles that the log's grammar implies",
+        build.program.display()
+    );
     let target = Target { arch: &build.arch, dialect: build.dialect()? };
     let plan = command::plan(arguments, target)?;
     Ok(Planned { build, plan })
@@ -142,7 +149,7 @@ async fn prepare(store: &StoreClient, request: &QemuRequest) -> Result<Manifest>
         files,
         disks,
         icount: plan.icount.clone(),
-        roles: RoleSource::Tap,
+        roles: build.roles(),
         memory_bytes: plan.memory_bytes,
     };
     // A replay anywhere must be able to run it: the same checks as theirs.
@@ -208,6 +215,7 @@ pub async fn record(
         stop: stop.clone(),
         snapshot_every: request.snapshot_every,
         last_snapshot: request.last_snapshot,
+        roles: request.planned.build.roles(),
     };
     let ring = request.outbox_dir.join(format!("{id}.ring"));
     let ring_path = ring.clone();
@@ -237,6 +245,7 @@ pub async fn record(
             is_pinned: false,
             is_stopped: false,
             holds: None,
+            is_tapped: build.is_tapped,
         })?;
         let _ = pid_sender.send(process.id());
         if let Some(mut stdin) = process.take_stdin() {
@@ -308,6 +317,7 @@ struct Driver {
     stop: Arc<AtomicU16>,
     snapshot_every: u64,
     last_snapshot: bool,
+    roles: RoleSource,
 }
 
 /// A state that was saved and is being taken apart on a thread of its own. While it is,
@@ -339,7 +349,7 @@ impl Driver {
     fn run(&self, process: &mut Process, scratch: &Scratch) -> Result<Done> {
         let decoder = Decoder::new(process.ring.dialect()?, HEADER_BYTES, 0);
         let mut course = Course {
-            pump: Pump::new(decoder, HEADER_BYTES, Position::default()),
+            pump: Pump::new(decoder, HEADER_BYTES, Position::default(), self.roles),
             qmp: process.qmp()?,
             tracker: Some(Tracker::default()),
             capturing: None,
@@ -491,6 +501,7 @@ impl Driver {
     }
 
     fn pump(&self, pump: &mut Pump, process: &mut Process, keeps_ends: bool) -> Result<()> {
+        process.tail()?;
         let events = pump.take(&mut process.ring)?;
         if !events.is_empty() {
             self.watermarks.recorded.fetch_add(events.len() as u64, Ordering::Relaxed);

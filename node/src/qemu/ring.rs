@@ -6,7 +6,7 @@
 
 use anyhow::{Context, Result, ensure};
 use heddle_proto::Position;
-use heddle_replay_engine::qemu::log::Dialect;
+use heddle_replay_engine::qemu::log::{Dialect, HEADER_BYTES};
 use heddle_replay_engine::qemu::roles::Thread;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -172,6 +172,29 @@ impl Ring {
             done += len;
         }
         Ok(bytes)
+    }
+
+    /// Writes what a QEMU without the tap has logged, as the tap would; how much there was
+    /// room for.
+    pub fn push(&mut self, bytes: &[u8]) -> Result<usize> {
+        let written = self.offset()?.max(HEADER_BYTES);
+        let room = BYTES - (written - self.taken.max(HEADER_BYTES));
+        let bytes = &bytes[..bytes.len().min(room as usize)];
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = (written + done as u64) % BYTES;
+            let len = (bytes.len() - done).min((BYTES - at) as usize);
+            self.file.write_all_at(&bytes[done..done + len], PAGE + at).context("write the ring")?;
+            done += len;
+        }
+        self.set(WRITTEN, written + done as u64)?;
+        Ok(done)
+    }
+
+    /// Notes that such a QEMU has closed its log.
+    pub fn close(&self) -> Result<()> {
+        let stage = (Stage::Closed as u32).to_ne_bytes();
+        self.file.write_all_at(&stage, STAGE).context("write the ring")
     }
 
     /// Gives room back: everything before `offset` is kept elsewhere. There the log

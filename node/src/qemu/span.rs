@@ -271,6 +271,7 @@ impl QemuSpan {
             is_pinned: run.is_pinned,
             is_stopped: run.is_stopped,
             holds,
+            is_tapped: build.is_tapped,
         })?;
         Ok(Started { process, scratch, feed })
     }
