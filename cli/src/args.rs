@@ -362,6 +362,9 @@ pub struct Replay {
     /// Print the guest's console; replays whole, in this process.
     #[arg(long)]
     pub console: bool,
+    /// With --console: the QEMU to use; without any, the usual ones on the PATH.
+    #[arg(long, value_name = "FILE")]
+    pub qemu: Vec<PathBuf>,
     /// Give up after so many seconds.
     #[arg(long, value_name = "SECONDS")]
     pub timeout: Option<u64>,

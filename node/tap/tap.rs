@@ -68,7 +68,7 @@ const SYS_FUTEX: c_long = 98;
 const FUTEX_WAIT_PRIVATE: c_int = 128;
 const FUTEX_WAKE_PRIVATE: c_int = 129;
 /// A range in which nothing moves for so long is left: somebody may want to ask something.
-static HOLD: Timespec = Timespec { seconds: 0, nanoseconds: 200_000_000 };
+static HOLD: Timespec = Timespec { seconds: 0, nanoseconds: 20_000_000 };
 
 /// How long a replay's main loop may sleep before it looks at the log again: the first,
 /// if the log has moved since the last time, and twice as long every time it has not.
@@ -115,6 +115,11 @@ static HOLD_NEXT: AtomicU64 = AtomicU64::new(0);
 /// The offset at which the sleeping main loop is woken; the futex it sleeps on.
 static WAKE_AT: AtomicU64 = AtomicU64::new(u64::MAX);
 static SLEEPER: AtomicU32 = AtomicU32::new(0);
+/// Where the log stood when a hold ended in vain: the guest computes, or is stopped and
+/// somebody asks something.
+static STILL_AT: AtomicU64 = AtomicU64::new(u64::MAX);
+/// Where it stood when the monitor's thread polled last.
+static POLLED_AT: AtomicU64 = AtomicU64::new(u64::MAX);
 /// The main loop's last nap, and where the log stood then.
 static NAP: AtomicI64 = AtomicI64::new(0);
 static NAPPED_AT: AtomicU64 = AtomicU64::new(0);
@@ -316,7 +321,7 @@ fn hold() {
     let mut next = HOLD_NEXT.load(Ordering::Relaxed);
     loop {
         let at = AT.load(Ordering::SeqCst);
-        if at >= MAP_BYTES.load(Ordering::Relaxed) {
+        if at >= MAP_BYTES.load(Ordering::Relaxed) || at == STILL_AT.load(Ordering::Relaxed) {
             return;
         }
         // SAFETY: `next` is below the number of mapped pairs.
@@ -339,6 +344,7 @@ fn hold() {
         }
         WAKE_AT.store(u64::MAX, Ordering::SeqCst);
         if AT.load(Ordering::SeqCst) == at {
+            STILL_AT.store(at, Ordering::Relaxed);
             return;
         }
     }
@@ -387,10 +393,13 @@ pub unsafe extern "C" fn ppoll(
 /// The monitor's thread polls by this.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn poll(fds: *mut c_void, count: std::ffi::c_ulong, time: c_int) -> c_int {
-    let is_parked = AT.load(Ordering::Relaxed) >= MAP_BYTES.load(Ordering::Relaxed);
-    if HOLD_COUNT.load(Ordering::Relaxed) > 0 && !is_parked && thread() == MONITOR {
-        // SAFETY: no memory is involved.
-        unsafe { usleep(MONITOR_NAP_MICROSECONDS) };
+    if HOLD_COUNT.load(Ordering::Relaxed) > 0 && thread() == MONITOR {
+        let at = AT.load(Ordering::Relaxed);
+        // Where the log stands still, what wakes it is a question.
+        if POLLED_AT.swap(at, Ordering::Relaxed) != at {
+            // SAFETY: no memory is involved.
+            unsafe { usleep(MONITOR_NAP_MICROSECONDS) };
+        }
     }
     next!(c"poll", fn(*mut c_void, std::ffi::c_ulong, c_int) -> c_int, fds, count, time)
 }

@@ -336,6 +336,32 @@ async fn a_guest_without_events_is_judged_by_its_position() {
     assert!(again.out == said.out && said.out.contains("tick: done"), "{} {}", again.out, said.out);
 }
 
+/// Debian 13's version, which `./test --full` unpacks beside the installed one: behind a
+/// wrapper that names its firmware.
+#[tokio::test(flavor = "multi_thread")]
+async fn qemu_10_replays_whole_in_spans_and_indexed() {
+    if std::env::var_os("HEDDLE_FULL").is_none() {
+        return;
+    }
+    let program = root().join("target/qemu10").join(X86);
+    let (p, files) = (Processes::offering(2, 10_000, vec![program.clone()]).await, Files::new());
+    let mut line = linux(&files, "quiet");
+    line[0] = program.display().to_string();
+    let options = ["--snapshot-every", "150000000", "--prompt", "type a line"];
+    let said = record(&p, "ten", &options, &line, b"hello\n").await.expect(0);
+    let manifest = Manifest::decode(&p.row("ten").await.unwrap().manifest).unwrap();
+    assert!(manifest.qemu().unwrap().version.starts_with("10."), "{}", manifest.build);
+    assert!(p.row("ten").await.unwrap().snapshots.len() >= 4);
+    let whole = p.heddle(&["replay", "ten", "--console", "--qemu", &line[0]]).await.expect(0);
+    assert!(whole.out == said.out, "the replay printed something else");
+    let value = replay(&p, "ten", &["--spans", "4"]).await;
+    assert_eq!((&value["verdict"], &value["role_mismatches"]), (&"match".into(), &0.into()), "{value}");
+    assert!(value["spans"].as_array().unwrap().iter().all(|span| span["digest"].is_string()), "{value}");
+    p.heddle(&["index", "ten", "--snapshots", "3"]).await.expect(0);
+    let value = replay(&p, "ten", &["--spans", "8"]).await;
+    assert_eq!((&value["verdict"], &value["role_mismatches"]), (&"match".into(), &0.into()), "{value}");
+}
+
 /// A set-group-id copy: the dynamic linker loads no tap into it, as into a static build.
 #[tokio::test(flavor = "multi_thread")]
 async fn without_the_tap_roles_go_by_rule_when_asked() {

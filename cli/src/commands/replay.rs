@@ -206,9 +206,11 @@ async fn with_console(
     let control = Control { stall_after: command.timeout.map(Duration::from_secs), ..Control::default() };
     let bounds = v1::SpanBounds::default();
     let replayed = if recording.manifest.qemu().is_some() {
-        let offered = crate::serve::offered(&[]).await;
+        let offered = crate::serve::offered(&command.qemu).await;
         let build = offered.into_iter().find(|build| build.name == name);
-        let build = build.ok_or_else(|| coded(INCOMPATIBLE, format!("{name} is not on this machine")))?;
+        let build = build.ok_or_else(|| {
+            coded(INCOMPATIBLE, format!("{name} is not on this machine; --qemu names another QEMU"))
+        })?;
         let span = QemuSpan::fetch(&cluster.store, &blocks, recording.id(), bounds).await?;
         tokio::task::spawn_blocking(move || heddle_node::qemu::replay::replay(&span, &build, &control))
             .await??

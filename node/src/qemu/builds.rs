@@ -12,13 +12,17 @@ use std::process::{Command, Stdio};
 
 /// Programs that are looked for on the path when a configuration names none.
 const PROGRAMS: [&str; 3] = ["qemu-system-x86_64", "qemu-system-riscv64", "qemu-system-aarch64"];
+/// Kinds of files that QEMU loads unasked, and the largest that is one.
+const FIRMWARE: [&str; 4] = ["bin", "rom", "elf", "img"];
+const FIRMWARE_BYTES_MAX: u64 = 4 << 20;
 /// The beginning of a QEMU build's name.
 pub const PREFIX: &str = "qemu-";
 
 /// A QEMU on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QemuBuild {
-    /// `qemu-ARCH-VERSION-HASH`, the same on every machine with the same program.
+    /// `qemu-ARCH-VERSION-HASH`, the same on every machine with the same program and the
+    /// same firmware beside it.
     pub name: String,
     /// What is started: a wrapper script maybe.
     pub program: PathBuf,
@@ -73,7 +77,7 @@ impl QemuBuild {
         // A wrapper's name says the architecture that the user means.
         let arch = binary_name.strip_prefix("qemu-system-").unwrap_or("unknown").to_string();
         let bytes = std::fs::read(&binary).with_context(|| format!("read {}", binary.display()))?;
-        let hash = Hash::of(&bytes);
+        let hash = Hash::of(&[Hash::of(&bytes).0, firmware(&program)?.0].concat());
         let short = &hash.to_string()[..12];
         Ok(QemuBuild {
             name: format!("{PREFIX}{arch}-{version}-{short}"),
@@ -114,6 +118,33 @@ impl QemuBuild {
         });
         found.with_context(|| format!("{} has no machine type {name:?}", self.binary_name))
     }
+}
+
+/// A hash over the firmware that a program takes when the command line names none: a
+/// replay with another one is another machine.
+fn firmware(program: &Path) -> Result<Hash> {
+    let output = Command::new(program)
+        .args(["-L", "help"])
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("start {}", program.display()))?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let mut hashes = vec![];
+    for dir in said.lines() {
+        let Ok(entries) = std::fs::read_dir(dir) else { continue };
+        let mut paths: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+        paths.sort();
+        for path in paths {
+            let kind = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+            let bytes = std::fs::metadata(&path).map_or(u64::MAX, |found| found.len());
+            if FIRMWARE.contains(&kind) && bytes <= FIRMWARE_BYTES_MAX {
+                let content = std::fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+                hashes.extend(path.file_name().unwrap_or_default().as_encoded_bytes());
+                hashes.extend(Hash::of(&content).0);
+            }
+        }
+    }
+    Ok(Hash::of(&hashes))
 }
 
 fn find(program: &Path) -> Result<PathBuf> {

@@ -157,7 +157,7 @@ fn record(build: &QemuBuild) -> Result<Recorded> {
     let scratch = Scratch::of_store(&spec, &contents, None)?;
     let dialect = build.dialect()?;
     let mut process = Process::start(Launch {
-        program: &build.binary,
+        program: &build.program,
         arguments: scratch.arguments(&spec)?,
         icount: &spec.icount,
         mode: Mode::Record,

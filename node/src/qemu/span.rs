@@ -252,10 +252,10 @@ impl QemuSpan {
         let scratch = Scratch::of_store(spec, &self.contents, root)?;
         let log = scratch.path().join("log");
         self.write_log(&log, &feed)?;
-        let holds = if run.is_stopped { None } else { Some(write_holds(&scratch, &feed)?) };
+        let holds = Some(write_holds(&scratch, &feed)?);
         let console = scratch.path().join("console");
         let process = Process::start(Launch {
-            program: &build.binary,
+            program: &build.program,
             arguments: scratch.arguments(spec)?,
             icount: &spec.icount,
             mode: Mode::Replay,
@@ -349,8 +349,7 @@ async fn end_without_snapshot(
     Ok(Position { icount, event: whole.event - closing as u64 })
 }
 
-/// Where the main loop may sleep. Not in a run that is stopped in the middle: it is the
-/// main loop that answers.
+/// Where the main loop may sleep.
 fn write_holds(scratch: &Scratch, feed: &Feed) -> Result<PathBuf> {
     let path = scratch.path().join("holds");
     let bytes: Vec<u8> = feed

@@ -6,7 +6,7 @@
 
 use super::log::Dialect;
 use super::options::{
-    DRIVE_LETTERS, FILES, FLAGS, MACHINE_FILES, PLAIN, REFUSED, is_own_firmware, refused_device,
+    DRIVE_LETTERS, FILES, FLAGS, GONE_IN_10, MACHINE_FILES, PLAIN, REFUSED, is_own_firmware, refused_device,
 };
 use super::recorded::check;
 use std::path::PathBuf;
@@ -120,6 +120,11 @@ pub fn plan(arguments: &[String], target: Target) -> Result<Plan, Refused> {
             planner.drive(&format!("file={},if=ide,index=0", argument.replace(',', ",,")))?;
             continue;
         };
+        if target.dialect == Dialect::Qemu10
+            && let Some((_, instead)) = GONE_IN_10.iter().find(|(gone, _)| *gone == name)
+        {
+            return refuse(format!("-{name}"), format!("QEMU 10 has it no more; use {instead}"));
+        }
         if FLAGS.contains(&name) {
             planner.plan.arguments.push(format!("-{name}"));
             continue;
@@ -486,12 +491,18 @@ impl<'a> Planner<'a> {
         }
     }
 
+    /// The PCs have one; a microvm has not, and not the option either.
+    fn has_hpet(&self) -> bool {
+        let machine = self.plan.machine.as_str();
+        machine.is_empty() || machine.starts_with("pc") || machine.contains("q35")
+    }
+
     fn finish(mut self) -> Result<Plan, Refused> {
         if self.target.is_x86() {
             self.push("global", "apic-common.vapic=off");
             self.plan.notes.push("vapic=off: with it, QEMU's replay from a snapshot can deadlock".into());
             let machine = self.plan.arguments.iter().position(|a| a == "-machine");
-            if self.target.dialect == Dialect::Qemu10 {
+            if self.target.dialect == Dialect::Qemu10 && self.has_hpet() {
                 match machine {
                     Some(at) if !self.plan.arguments[at + 1].contains("hpet=") => {
                         self.plan.arguments[at + 1].push_str(",hpet=off");

@@ -12,6 +12,9 @@ pub(super) const FLAGS: [&str; 9] = [
     "usb",
     "nodefconfig",
 ];
+/// Those of them that QEMU 10 has no more, and what it has instead.
+pub(super) const GONE_IN_10: [(&str, &str); 3] =
+    [("no-hpet", "-machine hpet=off"), ("no-acpi", "-machine acpi=off"), ("nodefconfig", "-no-user-config")];
 /// Options whose value stays as it is.
 pub(super) const PLAIN: [&str; 13] = [
     "cpu", "append", "boot", "uuid", "global", "vga", "k", "seed", "audiodev", "watchdog", "name", "g",

@@ -5,6 +5,7 @@
 //! "QEVM" | u32 3 | 07 machine type | sections ... | 00 | 06 u32 length, description (JSON)
 //! section: 01 start, 04 full   u32 id, name, u32 instance, u32 version, data, 7E u32 id
 //!          02 part, 03 end     u32 id, data, 7E u32 id
+//! command: 08                  u16 command, u16 length, data        (QEMU 10)
 //! RAM:     u64 address | flags: 04 list of RAM blocks, 02 page of one byte, 08 page,
 //!          10 end; 20: same RAM block as the last page
 //! ```
@@ -28,7 +29,7 @@ const BLOCK_BYTES_MAX: u64 = 64 << 30;
 
 /// Fields that honestly differ between a recording's state and its replay's at the same
 /// position, with the reason. Everything else is in the digest.
-pub const LEFT_OUT: [(&str, &str); 10] = [
+pub const LEFT_OUT: [(&str, &str); 11] = [
     ("replay/cached_clock", "last clock value read from the log: a recorder has none"),
     ("replay/data_kind", "the replayer's look-ahead"),
     ("replay/instruction_count", "the replayer's look-ahead"),
@@ -38,12 +39,14 @@ pub const LEFT_OUT: [(&str, &str); 10] = [
     ("timer/cpu_clock_offset", "host time for which the emulator has run"),
     ("timer/cpu_ticks_offset", "host time for which the emulator has run"),
     ("globalstate/", "whether the emulator was running or paused when asked"),
+    ("slirp/", "the host's side of user networking: a replay drops what it would send"),
     ("ide/bmdma/migration_retry_", "set by loading a state, unused while no request is retried"),
 ];
 
 /// Which state a digest covers.
 pub const COVERAGE: &str = "ram by page, all fields of all devices and vcpus in the VM state but: \
-     replay look-ahead and cached clocks, host time offsets, run state, ide migration_retry";
+     replay look-ahead and cached clocks, host time offsets, run state, ide migration_retry, the \
+     host's side of user networking";
 
 /// Why bytes are not a VM state.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -108,6 +111,9 @@ impl<'a> Reader<'a> {
     fn u8(&mut self) -> Result<u8, VmStateError> {
         Ok(self.take(1)?[0])
     }
+    fn u16(&mut self) -> Result<u16, VmStateError> {
+        Ok(u16::from_be_bytes(self.take(2)?.try_into().expect("2 bytes")))
+    }
     fn u32(&mut self) -> Result<u32, VmStateError> {
         Ok(u32::from_be_bytes(self.take(4)?.try_into().expect("4 bytes")))
     }
@@ -156,6 +162,18 @@ impl<'a> VmState<'a> {
                         continue;
                     }
                     return r.error("a machine type in the middle");
+                }
+                // QEMU 10 says that the switch-over to the other side begins. RAM's end follows;
+                // behind that, the command is as good.
+                0x08 => {
+                    r.u16()?;
+                    let len = usize::from(r.u16()?);
+                    r.take(len)?;
+                    if state.ram_header.is_empty() {
+                        return r.error("a command before RAM");
+                    }
+                    state.rest.push(began..r.at);
+                    continue;
                 }
                 0x01 | 0x04 => (r.u32()?, true),
                 0x02 | 0x03 => (r.u32()?, false),

@@ -57,6 +57,29 @@ fn a_state_is_taken_apart_as_it_was_put_together() {
     assert_eq!(again, bytes);
 }
 
+/// QEMU 10 puts a command between RAM's parts and RAM's end.
+#[test]
+fn a_command_goes_behind_ram() {
+    let bytes = state(5, 77);
+    let end = [0, 0, 0, 0, 0, 0, 0, 0x10, 0x7e, 0, 0, 0, 1];
+    let ends: Vec<usize> = (0..bytes.len()).filter(|at| bytes[..*at].ends_with(&end)).collect();
+    let with_command = |at: usize| {
+        let mut with = bytes.clone();
+        with.splice(at..at, [0x08, 0, 0x0b, 0, 2, 7, 7]);
+        with
+    };
+    assert_eq!(ends.len(), 2);
+    let mut with = with_command(ends[0]);
+    let parsed = VmState::parse(&with).unwrap();
+    assert_eq!(parsed.leaves(), VmState::parse(&bytes).unwrap().leaves());
+    let mut again = vec![];
+    let ram: Vec<(String, u64)> = parsed.ram.iter().map(|block| (block.name.clone(), block.bytes)).collect();
+    assemble(&mut again, &parsed.without_ram(), &ram, |block, page| parsed.page(block, page)).unwrap();
+    assert!(again == with_command(ends[1]), "it goes behind RAM's last section");
+    with.truncate(ends[0] + 5);
+    assert!(VmState::parse(&with).is_err());
+}
+
 #[test]
 fn what_is_left_out_does_not_change_a_digest() {
     let leaves = |timer, offset| VmState::parse(&state(timer, offset)).unwrap().leaves();
