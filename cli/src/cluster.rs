@@ -81,6 +81,8 @@ impl Cluster {
 
     /// The cluster that `heddle up` runs in `dir`.
     pub fn in_dir(dir: &Path) -> Result<Cluster> {
+        // QEMU runs elsewhere, and is told where its ring is.
+        let dir = &std::path::absolute(dir).with_context(|| format!("find {}", dir.display()))?;
         let path = dir.join(FILE);
         let bytes = std::fs::read(&path).map_err(|error| {
             coded(

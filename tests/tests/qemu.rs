@@ -336,6 +336,29 @@ async fn a_guest_without_events_is_judged_by_its_position() {
     assert!(again.out == said.out && said.out.contains("tick: done"), "{} {}", again.out, said.out);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn u_boot_on_riscv64_with_typed_input_and_a_reset() {
+    let p = Processes::start(1, 10_000).await;
+    let line = format!(
+        "{RISCV} -M virt -m 128 -nographic -nic none -bios {} -kernel {}",
+        "/usr/lib/riscv64-linux-gnu/opensbi/generic/fw_jump.elf",
+        "/usr/lib/u-boot/qemu-riscv64_smode/u-boot.bin"
+    );
+    let line: Vec<String> = line.split(' ').map(String::from).collect();
+    // Longer than a UART's FIFO.
+    let typed = b"echo 0123456789abcdefghijklmnopqrstuvwxyz\nreset\nversion\npoweroff\n";
+    for run in 0..count(1, 10) {
+        let name = format!("uboot-{run}");
+        let said = record(&p, &name, &["--prompt", "=> "], &line, typed).await.expect(0);
+        assert!(said.out.contains("\n0123456789abcdefghijklmnopqrstuvwxyz"), "{}", said.out);
+        assert!(said.out.matches("OpenSBI v").count() == 2 && said.out.contains("U-Boot 20"), "{}", said.out);
+        let whole = p.heddle(&["replay", &name, "--console"]).await.expect(0);
+        assert!(whole.out == said.out, "the replay printed something else");
+        let value = replay(&p, &name, &[]).await;
+        assert_eq!((&value["verdict"], &value["role_mismatches"]), (&"match".into(), &0.into()), "{value}");
+    }
+}
+
 /// Debian 13's version, which `./test --full` unpacks beside the installed one: behind a
 /// wrapper that names its firmware.
 #[tokio::test(flavor = "multi_thread")]

@@ -63,6 +63,9 @@ impl Terminal {
     }
 }
 
+/// Signals that come this close together are one.
+const SAME_WISH: std::time::Duration = std::time::Duration::from_millis(500);
+
 /// The first Ctrl-C ends the guest, and what it did is still delivered. The second
 /// leaves at once: the store may be away for long.
 async fn end_on_interrupts(
@@ -78,6 +81,8 @@ async fn end_on_interrupts(
         }
         if !is_second {
             let _ = stop.send(INTERRUPTED);
+            // `timeout` signals its child and then the child's group: that is one wish.
+            tokio::time::sleep(SAME_WISH).await;
             continue;
         }
         if let Some(raw) = &*raw {

@@ -17,6 +17,7 @@ use std::time::Instant;
 /// Records, with this terminal as the guest's console. QEMU's exit code is ours.
 pub async fn run(cluster: &Cluster, command: RecordQemu, format: Format) -> Result<u8> {
     let outbox_dir = command.outbox.clone().unwrap_or_else(|| cluster.outbox_dir.clone());
+    let outbox_dir = std::path::absolute(outbox_dir)?;
     for said in heddle_node::record::recover(&cluster.store, &outbox_dir).await {
         eprintln!("heddle: {said}");
     }

@@ -57,18 +57,26 @@ pub fn remember(build: &str, checks: &[Check]) -> Result<()> {
             Some(format!("{} {}", check.name, check.result.as_ref().err()?.replace('\n', " ")))
         })
         .collect();
-    if failed.is_empty() {
-        let _ = std::fs::remove_file(&path);
-        return Ok(());
-    }
     let dir = path.parent().context("it has a directory")?;
     std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
     std::fs::write(&path, failed.join("\n")).with_context(|| format!("write {}", path.display()))
 }
 
+/// What is known to fail on builds that nobody has tested here.
+const KNOWN: [(&str, &str, &str); 1] =
+    [("qemu-riscv64-", "restore", "QEMU 7.2 and 10.0 do not restore the timer of riscv64")];
+
 /// Fails with the reason if a test has found that a build can't do this.
 pub fn ensure_able(build: &str, check: &str) -> Result<()> {
-    let Ok(failed) = std::fs::read_to_string(kept(build)) else { return Ok(()) };
+    let Ok(failed) = std::fs::read_to_string(kept(build)) else {
+        let known = KNOWN.iter().find(|(prefix, known, _)| build.starts_with(prefix) && *known == check);
+        return match known {
+            Some((_, _, why)) => {
+                bail!("{check} is off for {build} until `heddle doctor` has tested it: {why}")
+            }
+            None => Ok(()),
+        };
+    };
     let found = failed.lines().find_map(|line| line.strip_prefix(check)?.strip_prefix(' '));
     match found {
         Some(why) => bail!("{check} is off for {build}, as `heddle doctor` found: {why}"),

@@ -16,3 +16,4 @@ pub mod snapshot;
 pub mod span;
 pub mod stepped;
 pub mod task;
+mod typing;

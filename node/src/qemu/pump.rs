@@ -22,6 +22,8 @@ pub(crate) struct Pump {
     /// Offset and position behind each event that the outbox may not have yet.
     ends: VecDeque<(u64, Position)>,
     pub(crate) has_shutdown: bool,
+    /// Bytes that character devices were given.
+    pub(crate) char_bytes: u64,
     /// The last event, whose role may tell the next one's, where no thread is known.
     by_rule: Option<Event>,
     roles: RoleSource,
@@ -38,6 +40,7 @@ impl Pump {
             icount: position.icount,
             ends: VecDeque::new(),
             has_shutdown: false,
+            char_bytes: 0,
             by_rule: None,
             roles,
         }
@@ -70,6 +73,9 @@ impl Pump {
             self.events += 1;
             self.icount = located.icount;
             self.has_shutdown |= matches!(located.body, Body::Qemu(QemuEvent::Shutdown { .. }));
+            if let Body::Qemu(QemuEvent::CharRead { data, .. }) = &located.body {
+                self.char_bytes += data.len() as u64;
+            }
             let position = Position { icount: located.icount, event: self.events };
             self.ends.push_back((located.end, position));
             let is_async = located.body.is_async();

@@ -16,6 +16,7 @@ use crate::qemu::qmp::Qmp;
 use crate::qemu::ring::{Mode, Stage};
 use crate::qemu::scratch::Scratch;
 use crate::qemu::snapshot::{Captured, Tracker, capture, discard};
+use crate::qemu::typing::{Taken, type_all};
 use crate::record::{AbortOnDrop, Console, Watermarks};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes;
@@ -27,7 +28,7 @@ use heddle_replay_engine::qemu::log::{Decoder, HEADER_BYTES};
 use heddle_replay_engine::qemu::recorded;
 use heddle_storage::StoreClient;
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -216,6 +217,7 @@ pub async fn record(
         snapshot_every: request.snapshot_every,
         last_snapshot: request.last_snapshot,
         roles: request.planned.build.roles(),
+        taken: Taken { icount: watermarks.icount.clone(), ..Taken::default() },
     };
     let ring = request.outbox_dir.join(format!("{id}.ring"));
     let ring_path = ring.clone();
@@ -248,16 +250,9 @@ pub async fn record(
             is_tapped: build.is_tapped,
         })?;
         let _ = pid_sender.send(process.id());
-        if let Some(mut stdin) = process.take_stdin() {
-            let writer = move || {
-                while let Ok(data) = typed.recv() {
-                    if stdin.write_all(&data).and_then(|()| stdin.flush()).is_err() {
-                        return;
-                    }
-                }
-                // Kept open: an end of input is an event that no user typed.
-                std::mem::forget(stdin);
-            };
+        if let Some(stdin) = process.take_stdin() {
+            let taken = driver.taken.clone();
+            let writer = move || type_all(&typed, stdin, &taken);
             std::thread::Builder::new().name("typing".into()).spawn(writer).context("start a thread")?;
         }
         let printer = process.take_stdout().map(|mut stdout| {
@@ -318,6 +313,7 @@ struct Driver {
     snapshot_every: u64,
     last_snapshot: bool,
     roles: RoleSource,
+    taken: Taken,
 }
 
 /// A state that was saved and is being taken apart on a thread of its own. While it is,
@@ -506,6 +502,7 @@ impl Driver {
         if !events.is_empty() {
             self.watermarks.recorded.fetch_add(events.len() as u64, Ordering::Relaxed);
             self.watermarks.icount.store(pump.icount, Ordering::Relaxed);
+            self.taken.bytes.store(pump.char_bytes, Ordering::Relaxed);
             self.chunker.push(events);
         }
         let written = self.chunker.with_outbox(|outbox| outbox.written_events()).unwrap_or(0);

@@ -3,8 +3,9 @@
 //! The header is supplied, the log is cut at a record, and END appended: alone, it
 //! parks QEMU at the last icount with the machine alive. A SHUTDOWN is moved behind
 //! the INSTRUCTION that it overtook: QEMU writes it without the instructions before
-//! it, and a replay would act on it at once. Everything keeps its place in the
-//! original, so that a position in what is fed is a position in the recording.
+//! it, and a replay would act on it at once. What the vCPU thread slips in between a
+//! request for a reset and the reset goes before the request: a replay's main loop
+//! would not wait for it. Everything keeps its place in the original, so that a position in what is fed is a position in the recording.
 
 use super::log::{EncodeError, HEADER_BYTES, VERSION, encode_body, encode_instructions};
 use heddle_proto::{Body, Event, QemuEvent, Role};
@@ -86,7 +87,7 @@ pub fn feed(
         feed.places.push(Place { event, start, end: bounds.offset + feed.bytes.len() as u64 });
         Ok(())
     };
-    for (at, event) in events.iter().enumerate() {
+    for (at, event) in in_order(events) {
         let index = bounds.first_event + at as u64;
         if skipped(index) {
             continue;
@@ -113,6 +114,30 @@ pub fn feed(
     encode_body(&mut feed.bytes, &Body::End)?;
     feed.vcpu_only = vcpu_only(events, &feed, bounds.first_event);
     Ok(feed)
+}
+
+/// The events with their places, in the order in which they are fed. When a reset is
+/// requested, QEMU's main loop stops the vCPU, and lets go of the log meanwhile. What the
+/// vCPU thread logs there comes before the machine's new random numbers, for which a
+/// replay's main loop asks at once; it waits while the request itself is not next.
+fn in_order(events: &[Event]) -> impl Iterator<Item = (usize, &Event)> {
+    let mut order: Vec<usize> = (0..events.len()).collect();
+    let requests = events.iter().enumerate().filter(|(_, event)| {
+        matches!(event.body, Body::Checkpoint(heddle_proto::CheckpointKind::ResetRequested))
+    });
+    for (at, request) in requests {
+        let slipped_in = events[at + 1..].iter().take_while(|event| {
+            event.role == Role::Vcpu
+                && event.icount == request.icount
+                && matches!(event.body, Body::Checkpoint(_) | Body::Clock { .. })
+        });
+        let count = slipped_in.count();
+        let next = events.get(at + 1 + count);
+        if next.is_some_and(|next| matches!(next.body, Body::Qemu(QemuEvent::Random { .. }))) {
+            order[at..=at + count].rotate_left(1);
+        }
+    }
+    order.into_iter().map(|at| (at, &events[at]))
 }
 
 /// Whether the vCPU thread can handle this without the main loop. Completions and input
@@ -208,5 +233,25 @@ mod tests {
         // With nothing behind it, it still comes after all instructions.
         let fed = feed(&events[..2], FeedBounds { to_icount: 8, ..bounds }, &|_| false, &[]).unwrap();
         assert_eq!(fed.bytes, [0, 0, 0, 0, 5, 0x25, 0, 0, 0, 0, 3, 0x10, 0x27]);
+    }
+
+    #[test]
+    fn what_slips_in_before_a_reset_is_fed_before_its_request() {
+        use heddle_proto::CheckpointKind::{ClockWarpAccount, ResetRequested};
+        use heddle_proto::ClockKind;
+        let event = |role, body| Event { icount: 5, role, body };
+        let random = QemuEvent::Random { result: 0, data: vec![1] };
+        let events = [
+            event(Role::Iothread, Body::Checkpoint(ResetRequested)),
+            event(Role::Vcpu, Body::Checkpoint(ClockWarpAccount)),
+            event(Role::Vcpu, Body::Clock { clock: ClockKind::VirtualRt, value: 7 }),
+            event(Role::Iothread, Body::Qemu(random)),
+        ];
+        let bounds = FeedBounds { offset: 12, icount: 5, first_event: 100, to_icount: 5 };
+        let places = |events: &[Event]| -> Vec<u64> {
+            feed(events, bounds, &|_| false, &[]).unwrap().places.iter().map(|place| place.event).collect()
+        };
+        assert_eq!(places(&events), [101, 102, 100, 103]);
+        assert_eq!(places(&events[..3]), [100, 101, 102], "no reset follows");
     }
 }

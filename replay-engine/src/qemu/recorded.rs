@@ -109,7 +109,7 @@ fn is_allowed(name: &str, value: &str) -> bool {
         "monitor" | "parallel" => ["none", "null"].contains(&value),
         "serial" => {
             let own = value.strip_prefix("file:{scratch}/serial");
-            ["none", "null", "stdio", "mon:stdio", "vc"].contains(&value)
+            ["none", "null", "stdio", "vc"].contains(&value)
                 || own.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
         }
         "display" | "nic" => value == "none",
