@@ -453,8 +453,11 @@ pub struct BenchQemu {
     #[arg(long, default_value_t = 300)]
     pub rounds: u32,
     /// Rounds of the guest with a long log: 64 MiB or more.
-    #[arg(long, default_value_t = 500)]
+    #[arg(long, default_value_t = 1300)]
     pub log_rounds: u32,
+    /// Only these parts; without any, all.
+    #[arg(long, value_name = "PART", value_parser = ["recording", "spans", "many", "stored"])]
+    pub part: Vec<String>,
     /// Seconds the idle guest sleeps.
     #[arg(long, default_value_t = 25)]
     pub idle: u32,

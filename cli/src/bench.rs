@@ -197,10 +197,19 @@ pub async fn qemu(command: BenchQemu, format: Format) -> Result<u8> {
     let mut bench = Bench { command: &command, cluster, client, dir: dir.path().into(), rows: vec![] };
     let computing = format!("rounds={}", command.rounds);
     let idle = format!("rounds=2 idle={}", command.idle);
-    recording(&mut bench, &computing)?;
-    parallel(&mut bench, &computing, &idle)?;
-    many(&mut bench)?;
-    stored(&mut bench).await?;
+    let is_wanted = |part: &str| command.part.is_empty() || command.part.iter().any(|wanted| wanted == part);
+    if is_wanted("recording") {
+        recording(&mut bench, &computing)?;
+    }
+    if is_wanted("spans") {
+        parallel(&mut bench, &computing, &idle)?;
+    }
+    if is_wanted("many") {
+        many(&mut bench)?;
+    }
+    if is_wanted("stored") {
+        stored(&mut bench).await?;
+    }
     let rows = std::mem::take(&mut bench.rows);
     bench.cluster.stop().await;
     let value = json!({ "bench": "qemu", "rows": rows });
@@ -240,10 +249,12 @@ fn recording(bench: &mut Bench, computing: &str) -> Result<()> {
 
 /// Spans and many recordings on two cores.
 fn parallel(bench: &mut Bench, computing: &str, idle: &str) -> Result<()> {
+    bench.plain("record", computing, false)?;
     let serial = bench.plain("replay", computing, false)?;
-    let index = bench.index("computing", 7)?;
+    bench.record("in-spans", computing, &[])?;
+    let index = bench.index("in-spans", 7)?;
     bench.row("index, wall", index.wall, "QEMU rr=replay, serial", serial.wall, "s", "for information");
-    let whole = bench.replay("computing", 1)?;
+    let whole = bench.replay("in-spans", 1)?;
     bench.row(
         "computing guest, whole",
         whole.wall,
@@ -252,7 +263,7 @@ fn parallel(bench: &mut Bench, computing: &str, idle: &str) -> Result<()> {
         "s",
         "for information",
     );
-    let spans = bench.replay("computing", 8)?;
+    let spans = bench.replay("in-spans", 8)?;
     bench.row("computing guest, spans", spans.wall, "QEMU rr=replay, serial", serial.wall, "s", "<= 0.60");
     bench.row(
         "computing guest, spans' CPU",

@@ -28,6 +28,12 @@ const OWN_MEMORY_BYTES: u64 = 8 << 30;
 const CPU_SECONDS_MAX: u64 = 24 * 3600;
 /// Standard error that is kept.
 const STDERR_BYTES_MAX: u64 = 64 << 10;
+/// How long a stopped guest's requests may take to come back before its state is saved,
+/// and how long the main loop to take them.
+const SETTLE_MAX: Duration = Duration::from_secs(5);
+const SETTLE: Duration = Duration::from_millis(5);
+/// The number of the system call, as `/proc/PID/task/TID/syscall` begins.
+const FUTEX: &str = if cfg!(target_arch = "x86_64") { "202 " } else { "98 " };
 /// Bytes of a log that are read at a time.
 const TAIL_BYTES: usize = 256 << 10;
 /// Of util-linux.
@@ -281,6 +287,27 @@ impl Process {
     /// Standard output, if it is a pipe.
     pub fn take_stdout(&mut self) -> Option<std::process::ChildStdout> {
         self.child.stdout.take()
+    }
+
+    /// Waits until its requests to disks have come back, as far as that can be seen. The
+    /// guest is stopped, so no new ones come.
+    pub fn settle(&self) {
+        let began = Instant::now();
+        while self.is_at_disks() && began.elapsed() < SETTLE_MAX {
+            std::thread::sleep(POLL);
+        }
+        // The main loop still has to take what came back.
+        std::thread::sleep(SETTLE);
+    }
+
+    /// Whether a thread of QEMU's pool is at work. One that is not waits on a futex.
+    fn is_at_disks(&self) -> bool {
+        let Ok(threads) = std::fs::read_dir(format!("/proc/{}/task", self.child.id())) else { return false };
+        threads.flatten().any(|thread| {
+            let read = |name| std::fs::read_to_string(thread.path().join(name)).unwrap_or_default();
+            let call = read("syscall");
+            read("comm").trim() == "worker" && !call.is_empty() && !call.starts_with(FUTEX)
+        })
     }
 
     /// Connects to its monitor.

@@ -43,8 +43,6 @@ const PUMP: Duration = Duration::from_millis(4);
 const LOOK: Duration = Duration::from_millis(250);
 /// A QEMU that was told to quit and does not is killed: what it logged is here.
 const QUIT: Duration = Duration::from_secs(10);
-/// How long a stopped guest's requests may take to come back before its state is saved.
-const SETTLE: Duration = Duration::from_millis(5);
 const CONSOLE_BYTES: usize = 16 << 10;
 /// Nobody asked for the end.
 const NO_STOP: u16 = u16::MAX;
@@ -427,7 +425,7 @@ impl Driver {
         // Stopped first, so that requests on their way to the disks come back: with
         // one in the queue, QEMU refuses to save.
         course.qmp.command("stop", serde_json::json!({}))?;
-        std::thread::sleep(SETTLE);
+        process.settle();
         let name = format!("heddle-{}", course.saved);
         let is_wanted = self.last_snapshot || !is_final;
         let is_saved = is_wanted && course.qmp.try_save(&name).context("save the guest's state")?;
