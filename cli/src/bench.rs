@@ -8,6 +8,7 @@ use crate::local::{LocalCluster, LocalConfig};
 use crate::output;
 use anyhow::{Context, Result, ensure};
 use heddle_node::qemu::builds::QemuBuild;
+use heddle_node::rewrite::LARGE_BYTES;
 use heddle_proto::{ChunkBuilder, RecordingId};
 use heddle_replay_engine::qemu::log::encode;
 use serde_json::{Value, json};
@@ -23,8 +24,6 @@ const MANY: u32 = 4;
 const CHUNK_ROW_BYTES: u64 = 128;
 /// Events between two looks at how full a chunk is.
 const LOOK_EVENTS: usize = 1 << 12;
-/// A chunk of a sealed recording, as [`ChunkBuilder::bytes`] counts.
-const LARGE_BYTES: usize = 4 << 20;
 
 /// CPU and wall seconds.
 #[derive(Clone, Copy, Debug, Default)]
@@ -340,7 +339,7 @@ async fn stored(bench: &mut Bench<'_>) -> Result<()> {
     let mut large = 0;
     for part in events.chunks(LOOK_EVENTS) {
         part.iter().for_each(|event| builder.push(event));
-        if builder.bytes() >= LARGE_BYTES {
+        if builder.raw_bytes() >= LARGE_BYTES {
             large += builder.take().map_or(0, |chunk| chunk.bytes.len());
         }
     }

@@ -3,7 +3,7 @@
 use crate::chunker::Chunker;
 use crate::outbox::Outbox;
 use crate::record::Watermarks;
-use crate::rewrite::rewrite;
+use crate::rewrite::compact;
 use crate::upload::Uploader;
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
@@ -21,7 +21,6 @@ use tokio::task::JoinHandle;
 const SNAPSHOT_BYTES_MAX: u64 = 256 << 20;
 /// How often the recorder tells the coordinator that it lives.
 const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
-const REWRITE_TRIES: u32 = 3;
 const DRAIN_POLL: Duration = Duration::from_millis(2);
 
 /// A snapshot to be stored.
@@ -138,8 +137,9 @@ impl Live {
         format!("the store takes no more of this recording ({error}); what it did not take is kept in {kept}")
     }
 
-    /// Delivers the rest and seals. Whoever made snapshots has dropped its queue.
-    pub async fn seal(mut self, is_cut: bool) -> Result<()> {
+    /// Delivers the rest and seals. Whoever made snapshots has dropped its queue. `done` is
+    /// called when nothing is left to deliver; the store's own tidying comes after that.
+    pub async fn seal(mut self, is_cut: bool, done: impl FnOnce()) -> Result<()> {
         self.snapshots = None;
         self.chunker.flush(true);
         let chunker = self.chunker.clone();
@@ -158,10 +158,11 @@ impl Live {
             .seal(self.id, self.epoch, row.committed_events, Hash::from_slice(&row.last_chunk)?, is_cut)
             .await
             .context("seal the recording")?;
-        compact(&self.store, self.id, self.epoch).await;
         if let Some(outbox) = self.chunker.take_outbox() {
             outbox.remove()?;
         }
+        done();
+        compact(&self.store, self.id, self.epoch).await;
         Ok(())
     }
 }
@@ -172,18 +173,6 @@ impl Drop for Live {
         self.snapshot_uploads.abort();
         if let Some(life) = &self.life {
             life.abort();
-        }
-    }
-}
-
-/// Writes a sealed recording's chunks anew, as large ones. It is whole without that.
-pub(crate) async fn compact(store: &StoreClient, id: RecordingId, epoch: u64) {
-    for left in (0..REWRITE_TRIES).rev() {
-        match rewrite(store, id, epoch).await {
-            Ok(()) => return,
-            // A replica went away in the middle of it, maybe.
-            Err(error) if left > 0 => tracing::debug!("write the chunks of {id} anew: {error:#}"),
-            Err(error) => tracing::warn!("the recording {id} stays in small chunks: {error:#}"),
         }
     }
 }

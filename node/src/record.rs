@@ -2,9 +2,9 @@
 
 use crate::blocks::put_image;
 use crate::chunker::{CHUNK_BYTES_MAX, Chunker};
-use crate::live::{self, Live, NewSnapshot, SnapshotQueue};
+use crate::live::{Live, NewSnapshot, SnapshotQueue};
 use crate::outbox::{LeftBehind, left_behind, read_left_behind};
-use crate::rewrite::append;
+use crate::rewrite::{append, compact};
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use heddle_proto::manifest::{Image, MANIFEST_VERSION, MachineSpec, Manifest, Positions, Sleep};
@@ -150,7 +150,7 @@ pub async fn record(
     let (end, digest, exit_code) = (recording.position, recording.digest, recording.exit_code);
     // Dropping the sink ends the snapshots' channel.
     drop(recording.sink);
-    live.seal(false).await?;
+    live.seal(false, || {}).await?;
     Ok(Recorded { id, end, digest, exit_code })
 }
 
@@ -291,9 +291,10 @@ pub async fn recover(store: &StoreClient, dir: &Path) -> Vec<String> {
         let recording = left.recording;
         let ring = path.with_extension("ring");
         match deliver(store, left, &ring).await {
-            Ok(events) => {
+            Ok((events, epoch)) => {
                 let _ = std::fs::remove_file(&path);
                 let _ = std::fs::remove_file(&ring);
+                compact(store, recording, epoch).await;
                 said.push(format!(
                     "recording {} sealed as cut at event {events}: its recorder had died",
                     recording.short()
@@ -344,7 +345,8 @@ fn from_ring(ring: &Path, id: RecordingId, row: &v1::RecordingRow) -> Vec<Chunk>
     chunks
 }
 
-async fn deliver(store: &StoreClient, left: LeftBehind, ring: &Path) -> Result<u64, StoreError> {
+/// The events sealed, and the epoch.
+async fn deliver(store: &StoreClient, left: LeftBehind, ring: &Path) -> Result<(u64, u64), StoreError> {
     let id = left.recording;
     let opened = store.open(id, &left.token, &[], true).await?;
     if store.get(id).await?.state != "recording" {
@@ -357,6 +359,5 @@ async fn deliver(store: &StoreClient, left: LeftBehind, ring: &Path) -> Result<u
     let row = store.get(id).await?;
     let last = Hash::from_slice(&row.last_chunk).map_err(|e| StoreError::Corrupt(e.to_string()))?;
     store.seal(id, opened.epoch, row.committed_events, last, true).await?;
-    live::compact(store, id, opened.epoch).await;
-    Ok(row.committed_events)
+    Ok((row.committed_events, opened.epoch))
 }

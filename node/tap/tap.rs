@@ -75,6 +75,11 @@ static HOLD: Timespec = Timespec { seconds: 0, nanoseconds: 20_000_000 };
 const NAP_MIN_NANOSECONDS: c_long = 50_000;
 const NAP_MAX_NANOSECONDS: c_long = 4_000_000;
 
+/// The same where a shutdown comes, on which a main loop that is awake would act too soon.
+static STRICT_HOLD: Timespec = Timespec { seconds: 2, nanoseconds: 0 };
+/// The mark of such a range, in its end.
+const STRICT: u64 = 1 << 63;
+
 #[repr(C)]
 struct Timespec {
     seconds: c_long,
@@ -327,7 +332,7 @@ fn hold() {
         // SAFETY: `next` is below the number of mapped pairs.
         let range = |next: u64| unsafe {
             let pair = HOLDS.load(Ordering::Relaxed).add(next as usize * 2);
-            (*pair, *pair.add(1))
+            (*pair, *pair.add(1) & !STRICT, *pair.add(1) & STRICT != 0)
         };
         while next < count && range(next).1 < at {
             next += 1;
@@ -339,8 +344,9 @@ fn hold() {
         SLEEPER.store(1, Ordering::SeqCst);
         WAKE_AT.store(range(next).1, Ordering::SeqCst);
         if AT.load(Ordering::SeqCst) <= range(next).1 {
+            let time = if range(next).2 { &raw const STRICT_HOLD } else { &raw const HOLD };
             // SAFETY: the futex word and the time live as long as the call.
-            unsafe { syscall(SYS_FUTEX, SLEEPER.as_ptr(), FUTEX_WAIT_PRIVATE, 1, &raw const HOLD) };
+            unsafe { syscall(SYS_FUTEX, SLEEPER.as_ptr(), FUTEX_WAIT_PRIVATE, 1, time) };
         }
         WAKE_AT.store(u64::MAX, Ordering::SeqCst);
         if AT.load(Ordering::SeqCst) == at {
@@ -360,7 +366,8 @@ fn next_nap() -> Timespec {
     Timespec { seconds: 0, nanoseconds: nap }
 }
 
-/// The main loop's poll. It holds no lock here. A replay need not wait out the time that
+/// The main loop's poll. It holds no lock here, but where it waits inside of something
+/// else: then a hold ends with its time. A replay need not wait out the time that
 /// passed while it was recorded: all clocks are read from the log, so the main loop only
 /// looks again soon.
 #[unsafe(no_mangle)]

@@ -340,6 +340,11 @@ impl ChunkBuilder {
         self.columns.events == 0
     }
 
+    /// Bytes of the payload before compression.
+    pub fn raw_bytes(&self) -> usize {
+        self.columns.bytes()
+    }
+
     /// Rough encoded size, to decide when to close.
     pub fn bytes(&self) -> usize {
         self.bytes

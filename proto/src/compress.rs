@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use zstd::bulk::{Compressor, Decompressor};
 
 thread_local! {
-    static COMPRESSOR: RefCell<Option<(i32, Compressor<'static>)>> = const { RefCell::new(None) };
+    static COMPRESSORS: RefCell<Vec<(i32, Compressor<'static>)>> = const { RefCell::new(Vec::new()) };
     static DECOMPRESSOR: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
 }
 
@@ -12,12 +12,12 @@ thread_local! {
 ///
 /// Panics if zstd can't have memory.
 pub fn compress(bytes: &[u8], level: i32) -> Vec<u8> {
-    COMPRESSOR.with_borrow_mut(|kept| {
-        if kept.as_ref().is_none_or(|(of, _)| *of != level) {
-            *kept = Some((level, Compressor::new(level).expect("zstd has memory for a context")));
-        }
-        let (_, compressor) = kept.as_mut().expect("it was just made");
-        compressor.compress(bytes).expect("zstd compresses to memory")
+    COMPRESSORS.with_borrow_mut(|kept| {
+        let at = kept.iter().position(|(of, _)| *of == level).unwrap_or_else(|| {
+            kept.push((level, Compressor::new(level).expect("zstd has memory for a context")));
+            kept.len() - 1
+        });
+        kept[at].1.compress(bytes).expect("zstd compresses to memory")
     })
 }
 

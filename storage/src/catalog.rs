@@ -320,6 +320,20 @@ impl Catalog {
         event: u64,
         count: usize,
     ) -> Result<Vec<(u64, ChunkRow)>, Error> {
+        let rows = self.try_chunks_from(id, event, count)?;
+        // Between its two looks the chunks may have been written anew, with other borders.
+        match rows.first() {
+            Some((first, _)) if *first <= event => Ok(rows),
+            _ => self.try_chunks_from(id, event, count),
+        }
+    }
+
+    fn try_chunks_from(
+        &self,
+        id: RecordingId,
+        event: u64,
+        count: usize,
+    ) -> Result<Vec<(u64, ChunkRow)>, Error> {
         let first = Key::chunk(id, 0).0;
         let from = Key::chunk(id, event).0;
         let end = Key::chunk(id, u64::MAX).0;

@@ -290,8 +290,14 @@ impl StoreClient {
                     client.read(request).await.map_err(|s| self.transient(tried, s))?.into_inner();
                 while let Some(reply) = stream.message().await.map_err(|s| self.transient(tried, s))? {
                     let chunk = Chunk::parse(reply.chunk).map_err(|e| StoreError::Corrupt(e.to_string()))?;
-                    let end = chunks.last().map(|last| last.header.end_event());
-                    if end.is_some_and(|end| end != chunk.header.first_event) {
+                    let header = &chunk.header;
+                    let follows = match chunks.last() {
+                        Some(last) => {
+                            header.first_event == last.header.end_event() && header.previous == last.id()
+                        }
+                        None => header.first_event <= from,
+                    };
+                    if !follows {
                         // They were written anew meanwhile, with other borders.
                         chunks.clear();
                         return Err(StoreError::Unavailable("the chunks were written anew".into()));

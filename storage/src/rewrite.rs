@@ -23,6 +23,10 @@ impl Entry<'_> {
         if row.state == RecordingState::Recording {
             return refused(Refusal::Conflict("it is being recorded; seal it first".into()));
         }
+        if row.rewritten_from != Hash::ZERO {
+            // Once: the chain leads on from what was acknowledged, not from a chain between.
+            return refused(Refusal::Conflict("it was written anew already".into()));
+        }
         let header = match ChunkHeader::decode(&self.bulk) {
             Ok(header) if header.recording == id => header,
             Ok(_) => return refused(Refusal::Invalid("the chunk is of another recording".into())),
@@ -38,15 +42,9 @@ impl Entry<'_> {
             last_chunk: row.last_chunk,
             counts: vec![0; row.counts.len()],
         };
-        let mut new = match row.rewriting.take() {
-            Some(so_far) if header.first_event > 0 => so_far,
-            Some(_) => {
-                for key in self.catalog.chunk_rows_with(b'w', id, self.changes)?.into_keys() {
-                    self.changes.delete(key);
-                }
-                fresh()
-            }
-            None => fresh(),
+        let (mut new, is_begun_anew) = match row.rewriting.take() {
+            Some(so_far) if header.first_event > 0 => (so_far, false),
+            before => (fresh(), before.is_some()),
         };
         if header.first_event != new.events
             || header.previous != new.last_chunk
@@ -54,6 +52,12 @@ impl Entry<'_> {
             || header.end_event() > row.events
         {
             return refused(Refusal::Conflict("the chunk does not follow the last one written anew".into()));
+        }
+        // Only now: a refused command changes nothing.
+        if is_begun_anew {
+            for key in self.catalog.chunk_rows_with(b'w', id, self.changes)?.into_keys() {
+                self.changes.delete(key);
+            }
         }
         let chunk = ChunkRow {
             at: self.bulk_at,
@@ -101,10 +105,15 @@ impl Entry<'_> {
         if !is_whole || row.last_chunk != old || new.last_chunk != last {
             return refused(Refusal::Conflict("the chunks written anew are not the recording's".into()));
         }
+        let waiting = self.catalog.chunk_rows_with(b'w', id, self.changes)?;
+        let held: u64 = waiting.values().map(|chunk| u64::from(chunk.events)).sum();
+        if waiting.len() as u64 != new.chunks || held != row.events {
+            return refused(Refusal::Conflict("some of the chunks written anew are not there".into()));
+        }
         for key in self.catalog.chunk_rows_with(b'c', id, self.changes)?.into_keys() {
             self.changes.delete(key);
         }
-        for (key, chunk) in self.catalog.chunk_rows_with(b'w', id, self.changes)? {
+        for (key, chunk) in waiting {
             self.changes.put(key.clone().adopted(), &chunk);
             self.changes.delete(key);
         }

@@ -406,6 +406,9 @@ async fn without_the_tap_roles_go_by_rule_when_asked() {
     record(&p, "rule", &["--roles", "by-rule"], &line, b"").await.expect(0);
     let value = replay(&p, "rule", &[]).await;
     assert_eq!((&value["verdict"], &value["role_checked"]), (&"match".into(), &0.into()), "{value}");
+    assert!(value["spans"][0]["digest"].is_string(), "{value}");
+    let early = record(&p, "early", &["--roles", "by-rule", "--snapshot-every", "1000000"], &line, b"").await;
+    assert!(early.expect(1).err.contains("heddle index"));
     let events = events_of(&p, "rule").await;
     assert!(events.len() > 100, "{} events", events.len());
     for pair in events.windows(2) {

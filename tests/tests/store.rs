@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use heddle_node::rewrite::rewrite;
-use heddle_proto::{Body, Event, Hash, Role, v1};
+use heddle_proto::{Body, Chunk, ChunkBuilder, Event, Hash, Role, v1};
 use heddle_storage::StoreError;
 use heddle_tests::{Processes, append, chunks, count, new_id, until};
 use std::time::Duration;
@@ -11,6 +11,9 @@ fn events(from: u64, count: u64) -> Vec<Event> {
     let body = |i: u64| Body::Check { value: i.wrapping_mul(0x9e37_79b9_7f4a_7c15), output: i };
     (from..from + count).map(|i| Event { icount: i * 10, role: Role::Vcpu, body: body(i) }).collect()
 }
+
+/// A chunk of that many bytes is large here: a few hundred events.
+const LARGE: usize = 10 << 10;
 
 fn manifest() -> Vec<u8> {
     b"{}".to_vec()
@@ -76,32 +79,74 @@ async fn a_sealed_recording_is_written_anew_and_stays_the_same() {
     let epoch = store.open(id, b"one", &manifest(), false).await.unwrap().epoch;
     p.leader().await;
     // Nothing is there yet, so nothing is to do.
-    rewrite(store, id, epoch).await.unwrap();
+    rewrite(store, id, epoch, LARGE).await.unwrap();
     append(store, epoch, &small).await.unwrap();
-    let open = rewrite(store, id, epoch).await.unwrap_err();
+    let open = rewrite(store, id, epoch, LARGE).await.unwrap_err();
     assert!(format!("{open:#}").contains("seal it first"), "{open:#}");
     let old = small.last().unwrap().id();
     store.seal(id, epoch, 5000, old, false).await.unwrap();
     let before = store.get(id).await.unwrap();
     // Another writer may not, and nothing is adopted that was not written.
-    assert!(rewrite(store, id, epoch + 1).await.is_err());
+    assert!(rewrite(store, id, epoch + 1, LARGE).await.is_err());
     let none = store.adopt(id, epoch, old, old).await.unwrap_err();
     assert!(matches!(none, StoreError::Conflict(_)), "{none}");
+    // One that was begun and left is begun anew; a chunk that is refused takes nothing away.
+    let mut builder = ChunkBuilder::resume(id, 0, old);
+    all[..700].iter().for_each(|event| builder.push(event));
+    let begun = builder.take().unwrap();
+    let rewriting = |chunk: &Chunk| {
+        let recording = id.to_vec().into();
+        let request = v1::AppendRequest { recording, epoch, chunk: chunk.bytes.clone(), rewrites: true };
+        let client = store.leader();
+        async move {
+            let reply = client.unwrap().append(tokio_stream::iter([request])).await;
+            match reply {
+                Ok(reply) => reply.into_inner().message().await.map(drop),
+                Err(status) => Err(status),
+            }
+        }
+    };
+    rewriting(&begun).await.unwrap();
+    assert!(rewriting(&small[0]).await.is_err(), "it names no chunk before it");
+    assert!(store.adopt(id, epoch, old, begun.id()).await.is_err(), "some are missing");
 
-    rewrite(store, id, epoch).await.unwrap();
+    // Somebody reads all the while.
+    let reader = store.clone();
+    let (stop, mut stopped) = tokio::sync::oneshot::channel::<()>();
+    let expected = all.clone();
+    let reading = tokio::spawn(async move {
+        let mut times = 0;
+        while stopped.try_recv().is_err() || times == 0 {
+            let chunks = reader.read(id, 0, 5000).await.unwrap();
+            let read: Vec<Event> = chunks.iter().flat_map(|chunk| chunk.events().unwrap()).collect();
+            assert!(read == expected, "{} events", read.len());
+            times += 1;
+        }
+    });
+    rewrite(store, id, epoch, LARGE).await.unwrap();
+    stop.send(()).unwrap();
+    reading.await.unwrap();
     let after = store.get(id).await.unwrap();
-    assert_eq!((before.chunks, after.chunks), (100, 1));
+    assert!(before.chunks == 100 && (4..20).contains(&after.chunks), "{} chunks", after.chunks);
     assert!(after.bytes_stored < before.bytes_stored * 3 / 4, "{} bytes", after.bytes_stored);
     assert_eq!((&after.counts, after.committed_icount), (&before.counts, before.committed_icount));
     assert_eq!(after.rewritten_from, before.last_chunk);
-    let read = store.read(id, 2000, 2001).await.unwrap();
-    assert_eq!(read.len(), 1);
-    read[0].check_follows(None, old).unwrap();
-    assert_eq!(read[0].events().unwrap(), all);
-    assert_eq!(read[0].id().to_vec(), after.last_chunk.to_vec());
+    let read = store.read(id, 0, 0).await.unwrap();
+    let mut last = None;
+    for chunk in &read {
+        chunk.check_follows(last, old).unwrap();
+        last = Some(&chunk.header);
+    }
+    let middle = store.read(id, 2000, 2001).await.unwrap();
+    assert_eq!((middle.len(), read.len() as u64), (1, after.chunks));
+    let new = read.last().unwrap().id();
+    assert_eq!(new.to_vec(), after.last_chunk.to_vec());
+    // Once is enough.
+    rewrite(store, id, epoch, 1).await.unwrap();
+    assert_eq!(store.get(id).await.unwrap().last_chunk, after.last_chunk);
     // A seal that is tried again has its answer, and so has the adoption.
     store.seal(id, epoch, 5000, old, false).await.unwrap();
-    store.adopt(id, epoch, old, read[0].id()).await.unwrap();
+    store.adopt(id, epoch, old, new).await.unwrap();
     // All replicas agree, and it is gone as a whole.
     store.delete(id).await.unwrap();
     assert!(matches!(store.get(id).await.unwrap_err(), StoreError::NotFound(_)));

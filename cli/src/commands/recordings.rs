@@ -80,8 +80,14 @@ pub async fn delete(store: &StoreClient, command: Describe) -> Result<u8> {
 
 /// All events of a recording, with the chain of chunks checked.
 pub async fn events(store: &StoreClient, id: RecordingId) -> Result<Vec<Event>> {
-    let chunks = store.read(id, 0, 0).await?;
-    let anchor = Hash::from_slice(&store.get(id).await?.rewritten_from).unwrap_or(Hash::ZERO);
+    let (anchor, chunks) = loop {
+        let row = store.get(id).await?;
+        let chunks = store.read(id, 0, 0).await?;
+        // Not if they were written anew meanwhile: the anchor belongs to the chunks.
+        if store.get(id).await?.rewritten_from == row.rewritten_from {
+            break (Hash::from_slice(&row.rewritten_from).unwrap_or(Hash::ZERO), chunks);
+        }
+    };
     let mut events = vec![];
     let mut before = None;
     for chunk in &chunks {

@@ -121,13 +121,15 @@ impl QemuBuild {
 }
 
 /// A hash over the firmware that a program takes when the command line names none: a
-/// replay with another one is another machine.
+/// replay with another one is another machine. Of whatever architecture, since a program
+/// does not say which are its own; without images that are only taken when named.
 fn firmware(program: &Path) -> Result<Hash> {
     let output = Command::new(program)
         .args(["-L", "help"])
         .stdin(Stdio::null())
         .output()
         .with_context(|| format!("start {}", program.display()))?;
+    ensure!(output.status.success(), "{} -L help fails: its firmware can't be pinned", program.display());
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     let mut hashes = vec![];
     for dir in said.lines() {

@@ -208,7 +208,12 @@ fn record(build: &QemuBuild) -> Result<Recorded> {
         ensure!(began.elapsed() < LIMIT, "the self-test guest has not come that far in {LIMIT:?}");
         std::thread::sleep(POLL);
     }
-    process.tail()?;
+    if !build.is_tapped {
+        // Its log is whole once it has ended.
+        let _ = qmp.command("quit", serde_json::json!({}));
+        process.wait(LIMIT)?;
+        process.tail()?;
+    }
     events.extend(pump.take(&mut process.ring)?);
     let mut middle = capture(&mut Tracker::default(), "middle", &scratch.vm_state(), &[])?;
     let mut end = capture(&mut Tracker::default(), "end", &scratch.vm_state(), &[])?;

@@ -79,13 +79,22 @@ pub struct Launch<'a> {
     pub is_tapped: bool,
 }
 
+/// A log that a program without the tap writes.
+struct Tail {
+    path: PathBuf,
+    /// As soon as it is there.
+    file: Option<File>,
+    /// How far it was read.
+    at: u64,
+}
+
 /// A QEMU that runs. Dropping it kills and reaps it.
 pub struct Process {
     child: Child,
     /// The tap's ring.
     pub ring: Ring,
-    /// The log that a program without the tap writes, and how far it was read.
-    tail: Option<(PathBuf, u64)>,
+    /// The log, of a program without the tap.
+    tail: Option<Tail>,
     qmp_path: PathBuf,
     stderr: PathBuf,
     _core: Option<File>,
@@ -105,7 +114,8 @@ impl Process {
             icount.push_str(&format!(",rrsnapshot={snapshot}"));
         }
         let mut command = match (launch.is_tapped, Path::new(SETPRIV).exists()) {
-            // Without the tap, which sees to it, somebody else must end it with its node.
+            // Without the tap, which sees to it, somebody else must end it with its node. The
+            // kernel forgets that wish when a set-uid or set-gid program starts.
             (false, true) => {
                 let mut command = Command::new(SETPRIV);
                 command.args(["--pdeathsig", "KILL", "--"]).arg(launch.program);
@@ -142,8 +152,11 @@ impl Process {
             .current_dir(launch.scratch)
             .process_group(0);
         let child = command.spawn().with_context(|| format!("start {}", launch.program.display()))?;
+        if !launch.is_tapped {
+            ring.set_by_rule()?;
+        }
         let is_tailed = !launch.is_tapped && launch.mode == Mode::Record;
-        let tail = is_tailed.then(|| (launch.log.clone(), HEADER_BYTES));
+        let tail = is_tailed.then(|| Tail { path: launch.log.clone(), file: None, at: HEADER_BYTES });
         let mut process = Process { child, ring, tail, qmp_path, stderr, _core: None };
         process.limit(launch.memory_bytes, launch.mode);
         if launch.is_pinned {
@@ -156,16 +169,21 @@ impl Process {
     /// Takes what a program without the tap has logged into the ring. What it still
     /// buffers is lost with it.
     pub fn tail(&mut self) -> Result<()> {
-        let Some((path, at)) = &mut self.tail else { return Ok(()) };
+        let Some(Tail { path, file, at }) = &mut self.tail else { return Ok(()) };
         let what = || format!("read {}", path.display());
-        let Ok(file) = File::open(&*path) else { return Ok(()) };
-        let mut buffer = vec![0; TAIL_BYTES];
-        loop {
-            let read = file.read_at(&mut buffer, *at).with_context(what)?;
-            let taken = self.ring.push(&buffer[..read])?;
+        if file.is_none() {
+            *file = File::open(&*path).ok();
+        }
+        let Some(file) = file else { return Ok(()) };
+        let bytes = file.metadata().with_context(what)?.len();
+        while *at < bytes {
+            let mut buffer = vec![0; TAIL_BYTES.min((bytes - *at) as usize)];
+            file.read_exact_at(&mut buffer, *at).with_context(what)?;
+            let taken = self.ring.push(&buffer)?;
             *at += taken as u64;
-            if taken < TAIL_BYTES {
-                break;
+            if taken < buffer.len() {
+                // The ring is full.
+                return Ok(());
             }
         }
         // The version is written over the header when the log is closed.
@@ -174,6 +192,13 @@ impl Process {
             self.ring.close()?;
         }
         Ok(())
+    }
+
+    /// Whether such a log has more than was taken.
+    pub fn has_tail(&self) -> Result<bool> {
+        let Some(Tail { path, file: Some(file), at }) = &self.tail else { return Ok(false) };
+        let bytes = file.metadata().with_context(|| format!("read {}", path.display()))?.len();
+        Ok(*at < bytes)
     }
 
     fn pid(&self) -> Pid {

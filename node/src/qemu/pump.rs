@@ -133,10 +133,9 @@ pub(crate) fn left_in_ring(path: &Path, from: u64) -> Result<Vec<Event>> {
     let (offset, position) = (ring.taken(), ring.position()?);
     // Before anything was given back, the log begins behind its header.
     let offset = offset.max(HEADER_BYTES);
-    let marks = ring.all_marks()?;
-    let roles = if marks.is_empty() { RoleSource::ByRule } else { RoleSource::Tap };
-    let mut pump = Pump::new(Decoder::new(ring.dialect()?, offset, position.icount), offset, position, roles);
-    for (offset, thread) in marks {
+    let decoder = Decoder::new(ring.dialect()?, offset, position.icount);
+    let mut pump = Pump::new(decoder, offset, position, ring.roles()?);
+    for (offset, thread) in ring.all_marks()? {
         pump.marks.push(offset, thread);
     }
     let mut events = pump.take(&mut ring)?;

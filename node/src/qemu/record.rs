@@ -181,6 +181,11 @@ pub async fn record(
     watermarks: Watermarks,
     started: impl FnOnce(RecordingId, u32),
 ) -> Result<QemuRecorded> {
+    ensure!(
+        request.planned.build.is_tapped || request.snapshot_every == 0,
+        "without the tap the place of a state in the log is not known while QEMU records; leave out \
+         --snapshot-every, and let `heddle index` make snapshots afterwards"
+    );
     let manifest = prepare(store, &request).await?;
     let id = manifest.id;
     let mut live =
@@ -280,8 +285,7 @@ pub async fn record(
             bail!(why);
         }
     };
-    live.seal(done.is_cut).await?;
-    let _ = std::fs::remove_file(&ring);
+    live.seal(done.is_cut, || drop(std::fs::remove_file(&ring))).await?;
     Ok(QemuRecorded {
         id,
         end: done.end,
@@ -380,6 +384,13 @@ impl Driver {
             return Ok(Some(status));
         }
         if course.capturing.as_ref().is_some_and(|capturing| capturing.thread.is_finished()) {
+            if self.roles == RoleSource::ByRule {
+                // The log's last bytes are in QEMU's buffer until it ends; where the state stands
+                // among the events is known only then.
+                let _ = course.qmp.command("quit", serde_json::json!({}));
+                let status = process.wait(QUIT)?.context("QEMU did not quit when told to")?;
+                return Ok(Some(status));
+            }
             if let Err(error) = self.finish_capture(course) {
                 tracing::warn!("a snapshot is lost: {error:#}");
                 course.digest = None;
@@ -470,6 +481,10 @@ impl Driver {
 
     fn finish(&self, mut course: Course, process: &mut Process, status: ExitStatus) -> Result<Done> {
         self.pump(&mut course.pump, process, course.capturing.is_some())?;
+        while process.has_tail()? {
+            self.pump(&mut course.pump, process, false)?;
+            std::thread::sleep(PUMP);
+        }
         if course.capturing.is_some() {
             // QEMU may have been killed in the middle of saving it.
             if let Err(error) = self.finish_capture(&mut course) {

@@ -10,6 +10,7 @@ use crate::qemu::span::{QemuSpan, Run};
 use crate::qemu::stepped::pc_of;
 use crate::replay::{Control, Replayed};
 use anyhow::{Context, Result, bail};
+use heddle_proto::qemu::RoleSource;
 use heddle_proto::verdict::{Proof, Side, TaskResult};
 use heddle_proto::{Body, Divergence, DivergenceKind, Event, Outcome, Position, Role, Verdict};
 use heddle_replay_engine::qemu::feed::Feed;
@@ -27,7 +28,7 @@ const ASK: Duration = Duration::from_millis(700);
 /// How often a QEMU without the tap is asked for its icount, and how long it stands still
 /// at the last one before that is the end.
 const ASK_WITHOUT_TAP: Duration = Duration::from_millis(20);
-const REST: Duration = Duration::from_millis(500);
+const REST: Duration = Duration::from_secs(2);
 /// No progress in icount for so long is a stall.
 const STALL: Duration = Duration::from_secs(8);
 const CONSOLE_BYTES_MAX: u64 = 64 << 20;
@@ -37,6 +38,8 @@ struct Watch<'a> {
     span: &'a QemuSpan,
     feed: &'a Feed,
     marks: Marks,
+    /// Not guessed by rule: those are no measure.
+    has_true_roles: bool,
     /// Events whose role was looked at.
     seen: usize,
     role_checked: u64,
@@ -51,6 +54,7 @@ impl<'a> Watch<'a> {
             span,
             feed,
             marks: Marks::default(),
+            has_true_roles: span.spec().is_ok_and(|spec| spec.roles == RoleSource::Tap),
             seen: 0,
             role_checked: 0,
             role_mismatches: 0,
@@ -80,7 +84,7 @@ impl<'a> Watch<'a> {
             let thread = self.marks.at(self.feed.places[place].end);
             let is_last = place + 1 == self.feed.places.len();
             let Some(role) = thread.and_then(|thread| thread.role()) else { continue };
-            if is_last || !is_pinned(&event.body) {
+            if is_last || !self.has_true_roles || !is_pinned(&event.body) {
                 continue;
             }
             if let Body::Checkpoint(kind) = &event.body {
@@ -187,7 +191,12 @@ pub fn replay(span: &QemuSpan, build: &QemuBuild, control: &Control) -> Result<R
     } else {
         "icount, events and roles; the recording has no digest at its end".to_string()
     };
-    let coverage = if build.is_tapped { coverage } else { format!("{coverage}; roles not checked") };
+    let coverage = match (build.is_tapped, watch.has_true_roles) {
+        (true, true) => coverage,
+        (true, false) => format!("{coverage}; roles were recorded by rule and not checked"),
+        (false, _) if span.digest.is_some() => format!("{coverage}; without the tap, roles were not checked"),
+        (false, _) => "icount alone: no tap, and no digest at the end".to_string(),
+    };
     let verdict = Verdict {
         outcome,
         from: span.from,
@@ -288,8 +297,9 @@ fn follow_icount(
             last_icount = icount;
             moved = Instant::now();
             control.progress.store(icount, Ordering::Relaxed);
-            let places = watch.feed.places.len();
-            watch.seen = (0..places).take_while(|place| watch.event(*place).1.icount < icount).count();
+            while watch.seen < watch.feed.places.len() && watch.event(watch.seen).1.icount < icount {
+                watch.seen += 1;
+            }
         }
         // What comes at the last icount needs a moment; the digest tells whether it came.
         if last_icount == watch.span.to.icount && moved.elapsed() > REST {

@@ -6,6 +6,7 @@
 
 use anyhow::{Context, Result, ensure};
 use heddle_proto::Position;
+use heddle_proto::qemu::RoleSource;
 use heddle_replay_engine::qemu::log::{Dialect, HEADER_BYTES};
 use heddle_replay_engine::qemu::roles::Thread;
 use std::fs::{File, OpenOptions};
@@ -33,6 +34,8 @@ const MARKS_TAKEN: u64 = 136;
 /// Where the node stands: offset, and behind the marks icount, event and dialect.
 const POSITION: u64 = 144;
 const DIALECT: u64 = 160;
+/// Not zero: no marks come, and roles go by rule.
+const BY_RULE: u64 = 168;
 const PROGRAM: u64 = 256;
 
 /// What the tap is to do.
@@ -189,6 +192,16 @@ impl Ring {
         }
         self.set(WRITTEN, written + done as u64)?;
         Ok(done)
+    }
+
+    /// Notes that no marks will come.
+    pub fn set_by_rule(&self) -> Result<()> {
+        self.set(BY_RULE, 1)
+    }
+
+    /// Where its events' roles come from.
+    pub fn roles(&self) -> Result<RoleSource> {
+        Ok(if self.number(BY_RULE)? == 0 { RoleSource::Tap } else { RoleSource::ByRule })
     }
 
     /// Notes that such a QEMU has closed its log.

@@ -252,7 +252,7 @@ impl QemuSpan {
         let scratch = Scratch::of_store(spec, &self.contents, root)?;
         let log = scratch.path().join("log");
         self.write_log(&log, &feed)?;
-        let holds = Some(write_holds(&scratch, &feed)?);
+        let holds = Some(write_holds(&scratch, &feed, !run.is_stopped)?);
         let console = scratch.path().join("console");
         let process = Process::start(Launch {
             program: &build.program,
@@ -349,13 +349,19 @@ async fn end_without_snapshot(
     Ok(Position { icount, event: whole.event - closing as u64 })
 }
 
-/// Where the main loop may sleep.
-fn write_holds(scratch: &Scratch, feed: &Feed) -> Result<PathBuf> {
+/// In a range's end: the main loop must not wake there, whatever the host is busy with.
+const STRICT: u64 = 1 << 63;
+
+/// Where the main loop may sleep. `is_strict`: nobody stops this replay in the middle.
+fn write_holds(scratch: &Scratch, feed: &Feed, is_strict: bool) -> Result<PathBuf> {
     let path = scratch.path().join("holds");
     let bytes: Vec<u8> = feed
         .vcpu_only
         .iter()
-        .flat_map(|(from, to)| [from.to_ne_bytes(), to.to_ne_bytes()].concat())
+        .flat_map(|range| {
+            let flag = if range.has_shutdown && is_strict { STRICT } else { 0 };
+            [range.from.to_ne_bytes(), (range.to | flag).to_ne_bytes()].concat()
+        })
         .collect();
     std::fs::write(&path, bytes).with_context(|| format!("write {}", path.display()))?;
     Ok(path)

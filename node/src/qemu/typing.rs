@@ -30,19 +30,24 @@ pub(crate) struct Taken {
 /// Types what comes, until nobody types any more or the guest is gone.
 pub(crate) fn type_all(typed: &Receiver<Vec<u8>>, mut stdin: ChildStdin, taken: &Taken) {
     let mut written = 0;
+    // How far the guest was when it was given up: until it takes more, nobody waits for it.
+    let mut given_up = None;
     while let Ok(data) = typed.recv() {
         for keys in data.chunks(KEYS) {
             if stdin.write_all(keys).and_then(|()| stdin.flush()).is_err() {
                 return;
             }
             written += keys.len() as u64;
+            if given_up == Some(taken.bytes.load(Ordering::Relaxed)) {
+                continue;
+            }
+            given_up = None;
             let began = Instant::now();
             wait(began, || taken.bytes.load(Ordering::Relaxed) >= written);
             let then = taken.icount.load(Ordering::Relaxed);
             wait(began, || taken.icount.load(Ordering::Relaxed) != then);
-            if began.elapsed() >= PATIENCE {
-                // Who does not read at all must not be waited for twice.
-                written = taken.bytes.load(Ordering::Relaxed);
+            if taken.bytes.load(Ordering::Relaxed) < written {
+                given_up = Some(taken.bytes.load(Ordering::Relaxed));
             }
         }
     }

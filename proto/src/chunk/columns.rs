@@ -83,9 +83,14 @@ impl Columns {
         }
     }
 
+    /// Bytes of all columns.
+    pub(super) fn bytes(&self) -> usize {
+        self.columns.iter().map(Vec::len).sum()
+    }
+
     /// The payload before compression; the columns are empty again.
     pub(super) fn take(&mut self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(4 * COLUMNS + self.columns.iter().map(Vec::len).sum::<usize>());
+        let mut out = Vec::with_capacity(4 * COLUMNS + self.bytes());
         self.columns.iter().for_each(|c| out.extend_from_slice(&(c.len() as u32).to_le_bytes()));
         self.columns.iter().for_each(|c| out.extend_from_slice(c));
         let mut columns = std::mem::take(&mut self.columns);

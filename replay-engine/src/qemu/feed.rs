@@ -32,9 +32,19 @@ pub struct Feed {
     pub places: Vec<Place>,
     /// Behind the events: bytes of clock reads for whoever saves the state at the end.
     pub reads_bytes: u64,
-    /// Ranges of offsets that have work for the vCPU thread alone: a reader past the first
-    /// and not past the second has.
-    pub vcpu_only: Vec<(u64, u64)>,
+    /// Where the main loop is not needed.
+    pub vcpu_only: Vec<VcpuOnly>,
+}
+
+/// A range of offsets that has work for the vCPU thread alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VcpuOnly {
+    /// A reader past this
+    pub from: u64,
+    /// and not past this is in it.
+    pub to: u64,
+    /// A main loop that is awake here would act on a shutdown sooner than it was recorded to.
+    pub has_shutdown: bool,
 }
 
 /// From where to where a log is fed.
@@ -158,7 +168,7 @@ fn is_vcpus_alone(event: &Event) -> bool {
         )
 }
 
-fn vcpu_only(events: &[Event], feed: &Feed, first: u64) -> Vec<(u64, u64)> {
+fn vcpu_only(events: &[Event], feed: &Feed, first: u64) -> Vec<VcpuOnly> {
     let of = |place: &Place| &events[(place.event - first) as usize];
     let mut ranges = vec![];
     let mut from = None;
@@ -181,14 +191,14 @@ fn vcpu_only(events: &[Event], feed: &Feed, first: u64) -> Vec<(u64, u64)> {
 
 /// From behind the event before `from` to where `to` begins: the instructions before it
 /// are the vCPU thread's, too.
-fn range<'e>(feed: &Feed, from: usize, to: usize, of: impl Fn(&Place) -> &'e Event) -> Option<(u64, u64)> {
+fn range<'e>(feed: &Feed, from: usize, to: usize, of: impl Fn(&Place) -> &'e Event) -> Option<VcpuOnly> {
     let has_shutdown = feed.places[from..to]
         .iter()
         .any(|place| matches!(of(place).body, Body::Qemu(QemuEvent::Shutdown { .. })));
-    // A main loop that is awake would act on a shutdown sooner than it was recorded to.
     let start = from.checked_sub(1).map_or(feed.offset, |before| feed.places[before].end);
     let end = feed.places.get(to).map_or(feed.end_offset(), |next| next.start);
-    (to - from >= RUN_EVENTS_MIN || has_shutdown).then_some((start, end))
+    let range = VcpuOnly { from: start, to: end, has_shutdown };
+    (to - from >= RUN_EVENTS_MIN || has_shutdown).then_some(range)
 }
 
 impl Feed {
@@ -229,7 +239,7 @@ mod tests {
         assert_eq!(fed.end_offset(), 118);
         assert_eq!([fed.handled(106), fed.handled(107), fed.handled(119)], [0, 1, 3]);
         // The main loop sleeps from the last event before it to the next that needs it.
-        assert_eq!(fed.vcpu_only, [(106, 112)]);
+        assert_eq!(fed.vcpu_only, [VcpuOnly { from: 106, to: 112, has_shutdown: true }]);
         // With nothing behind it, it still comes after all instructions.
         let fed = feed(&events[..2], FeedBounds { to_icount: 8, ..bounds }, &|_| false, &[]).unwrap();
         assert_eq!(fed.bytes, [0, 0, 0, 0, 5, 0x25, 0, 0, 0, 0, 3, 0x10, 0x27]);
