@@ -403,7 +403,8 @@ async fn without_the_tap_roles_go_by_rule_when_asked() {
     let line: Vec<String> = line.split(' ').map(String::from).collect();
     let refused = record(&p, "refused", &[], &line, b"").await.expect(6);
     assert!(refused.err.contains("--roles by-rule"), "{}", refused.err);
-    record(&p, "rule", &["--roles", "by-rule"], &line, b"").await.expect(0);
+    // Ended in its middle: at its own end this guest makes QEMU leave without a last state.
+    record(&p, "rule", &["--roles", "by-rule", "--until", "..."], &line, b"").await.expect(0);
     let value = replay(&p, "rule", &[]).await;
     assert_eq!((&value["verdict"], &value["role_checked"]), (&"match".into(), &0.into()), "{value}");
     assert!(value["spans"][0]["digest"].is_string(), "{value}");
