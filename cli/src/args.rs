@@ -197,15 +197,35 @@ pub enum Record {
     Qemu(Box<RecordQemu>),
 }
 
-/// `heddle record qemu`.
+/// What every recording takes.
 #[derive(ClapArgs, Debug, Clone)]
-pub struct RecordQemu {
+pub struct RecordCommon {
     /// The recording's name.
     #[arg(long)]
     pub name: String,
     /// A label, KEY=VALUE.
     #[arg(long = "label", value_name = "K=V")]
     pub labels: Vec<String>,
+    /// Where events wait for the store.
+    #[arg(long, value_name = "DIR")]
+    pub outbox: Option<PathBuf>,
+    /// How much may wait before the guest pauses.
+    #[arg(long, default_value = "256M", value_parser = parse_bytes_not_zero)]
+    pub outbox_bytes: u64,
+    /// End the recording, with exit code 0, once the console has printed this.
+    #[arg(long, value_name = "TEXT")]
+    pub until: Option<String>,
+    /// Type a line only once the console has printed this, for each line.
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+}
+
+/// `heddle record qemu`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct RecordQemu {
+    /// What every recording takes.
+    #[command(flatten)]
+    pub common: RecordCommon,
     /// Instructions between snapshots, 0 for none but the last. Each stops the guest for
     /// about a tenth of a second; `heddle index` makes them later without that.
     #[arg(long, default_value_t = 0)]
@@ -221,18 +241,6 @@ pub struct RecordQemu {
     /// Keep the recording only if the guest fails: exit code other than 0.
     #[arg(long, value_name = "WHEN", value_parser = ["always", "fail"], default_value = "always")]
     pub keep_if: String,
-    /// Where events wait for the store.
-    #[arg(long, value_name = "DIR")]
-    pub outbox: Option<PathBuf>,
-    /// How much may wait before the guest pauses.
-    #[arg(long, default_value = "256M", value_parser = parse_bytes_not_zero)]
-    pub outbox_bytes: u64,
-    /// End the recording, with exit code 0, once the console has printed this.
-    #[arg(long, value_name = "TEXT")]
-    pub until: Option<String>,
-    /// Type a line only once the console has printed this, for each line.
-    #[arg(long, value_name = "TEXT")]
-    pub prompt: Option<String>,
     /// QEMU and its options.
     #[arg(last = true, required = true, value_name = "QEMU")]
     pub command: Vec<String>,
@@ -241,9 +249,9 @@ pub struct RecordQemu {
 /// `heddle record builtin`.
 #[derive(ClapArgs, Debug, Clone)]
 pub struct RecordBuiltin {
-    /// The recording's name.
-    #[arg(long)]
-    pub name: String,
+    /// What every recording takes.
+    #[command(flatten)]
+    pub common: RecordCommon,
     /// Firmware: raw or ELF.
     #[arg(long, value_name = "FILE")]
     pub bios: Option<PathBuf>,
@@ -268,24 +276,9 @@ pub struct RecordBuiltin {
     /// Whether idle time passes in real time or is jumped over.
     #[arg(long, default_value = "on", value_parser = ["on", "off"])]
     pub sleep: String,
-    /// A label, KEY=VALUE.
-    #[arg(long = "label", value_name = "K=V")]
-    pub labels: Vec<String>,
     /// Instructions between snapshots, 0 for none; a multiple of 10,000,000.
     #[arg(long, default_value_t = 50_000_000)]
     pub snapshot_every: u64,
-    /// Where events wait for the store.
-    #[arg(long, value_name = "DIR")]
-    pub outbox: Option<PathBuf>,
-    /// How much may wait before the guest pauses.
-    #[arg(long, default_value = "256M", value_parser = parse_bytes_not_zero)]
-    pub outbox_bytes: u64,
-    /// End the recording, with exit code 0, once the console has printed this.
-    #[arg(long, value_name = "TEXT")]
-    pub until: Option<String>,
-    /// Type a line only once the console has printed this, for each line.
-    #[arg(long, value_name = "TEXT")]
-    pub prompt: Option<String>,
 }
 
 /// Kinds of things.

@@ -1,18 +1,18 @@
 //! `heddle record builtin`: this process is the node that runs the guest.
 
 use super::console::{Terminal, TerminalOptions};
-use crate::args::{Format, RecordBuiltin};
+use crate::args::{Format, RecordBuiltin, RecordCommon};
 use crate::cluster::Cluster;
 use crate::exit::{OK, USAGE, coded};
 use crate::output;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use bytes::Bytes;
-use heddle_node::record::{NamedFile, RecordRequest, Watermarks, record};
+use heddle_node::record::{Console, NamedFile, RecordRequest, Watermarks, record};
 use heddle_proto::manifest::{Positions, Sleep};
 use heddle_replay_engine::guest;
 use serde_json::json;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -25,18 +25,9 @@ const BUNDLED_MEMORY: u64 = 16 << 20;
 
 /// Records, with this terminal as the guest's console. The guest's exit code is ours.
 pub async fn run(cluster: &Cluster, command: RecordBuiltin, format: Format) -> Result<u8> {
-    let outbox_dir = command.outbox.clone().unwrap_or_else(|| cluster.outbox_dir.clone());
-    for said in heddle_node::record::recover(&cluster.store, &outbox_dir).await {
-        eprintln!("heddle: {said}");
-    }
-    let outbox_shown = outbox_dir.display().to_string();
-    let request = request(&command, outbox_dir)?;
-    let (terminal, console) = Terminal::open(TerminalOptions {
-        until: command.until.clone(),
-        prompt: command.prompt.clone(),
-        is_quiet: output::is_for_programs(format),
-        outbox: outbox_shown,
-    })?;
+    let outbox_dir = outbox_of(cluster, &command.common).await?;
+    let request = request(&command, outbox_dir.clone())?;
+    let (terminal, console) = open_terminal(&command.common, &outbox_dir, format)?;
     let watermarks = Watermarks::default();
     let began = Instant::now();
     let coordinator = Some(cluster.file.coordinator.clone());
@@ -44,7 +35,7 @@ pub async fn run(cluster: &Cluster, command: RecordBuiltin, format: Format) -> R
     terminal.close();
     let recorded = recorded?;
     let summary = json!({
-        "recording": command.name,
+        "recording": command.common.name,
         "id": recorded.id,
         "instructions": recorded.end.icount,
         "events": recorded.end.event,
@@ -55,10 +46,10 @@ pub async fn run(cluster: &Cluster, command: RecordBuiltin, format: Format) -> R
     });
     match format {
         Format::Json | Format::Yaml => output::value(format, &summary)?,
-        Format::Name => output::line(command.name.clone())?,
+        Format::Name => output::line(command.common.name.clone())?,
         Format::Table | Format::Wide => eprintln!(
             "recorded {}: {} instructions, {} events, {:.1} s",
-            command.name,
+            command.common.name,
             output::grouped(recorded.end.icount),
             output::grouped(recorded.end.event),
             began.elapsed().as_secs_f64()
@@ -67,13 +58,37 @@ pub async fn run(cluster: &Cluster, command: RecordBuiltin, format: Format) -> R
     Ok(exit_status(recorded.exit_code))
 }
 
+/// The outbox's directory, with what a dead recorder left there delivered.
+pub async fn outbox_of(cluster: &Cluster, common: &RecordCommon) -> Result<PathBuf> {
+    let dir = common.outbox.clone().unwrap_or_else(|| cluster.outbox_dir.clone());
+    let dir = std::path::absolute(&dir).with_context(|| format!("find {}", dir.display()))?;
+    for said in heddle_node::record::recover(&cluster.store, &dir).await {
+        eprintln!("heddle: {said}");
+    }
+    Ok(dir)
+}
+
+/// This terminal as the guest's console.
+pub fn open_terminal(
+    common: &RecordCommon,
+    outbox_dir: &Path,
+    format: Format,
+) -> Result<(Terminal, Console)> {
+    Terminal::open(TerminalOptions {
+        until: common.until.clone(),
+        prompt: common.prompt.clone(),
+        is_quiet: output::is_for_programs(format),
+        outbox: outbox_dir.display().to_string(),
+    })
+}
+
 /// The guest's exit code as ours: the low byte, as a process's exit status has no more.
 pub fn exit_status(code: u16) -> u8 {
     if code == 0 { OK } else { code.to_le_bytes()[0].max(1) }
 }
 
-fn request(command: &RecordBuiltin, outbox_dir: std::path::PathBuf) -> Result<RecordRequest> {
-    let file = |path: &Option<std::path::PathBuf>| path.as_deref().map(read_file).transpose();
+fn request(command: &RecordBuiltin, outbox_dir: PathBuf) -> Result<RecordRequest> {
+    let file = |path: &Option<PathBuf>| path.as_deref().map(read_file).transpose();
     let is_bundled = command.bios.is_none() && command.kernel.is_none();
     let mut drives = command.drives.iter().map(|path| read_file(path)).collect::<Result<Vec<_>>>()?;
     let kernel = if is_bundled {
@@ -86,8 +101,8 @@ fn request(command: &RecordBuiltin, outbox_dir: std::path::PathBuf) -> Result<Re
         return Err(coded(USAGE, format!("--snapshot-every must be a multiple of {DIGEST_EVERY}")));
     }
     Ok(RecordRequest {
-        name: command.name.clone(),
-        labels: labels(&command.labels)?,
+        name: command.common.name.clone(),
+        labels: labels(&command.common.labels)?,
         memory_bytes: if is_bundled { BUNDLED_MEMORY } else { command.memory },
         shift: command.shift,
         sleep: if command.sleep == "off" { Sleep::Off } else { Sleep::On },
@@ -103,7 +118,7 @@ fn request(command: &RecordBuiltin, outbox_dir: std::path::PathBuf) -> Result<Re
             snapshots_at: vec![],
         },
         outbox_dir,
-        outbox_bytes: command.outbox_bytes,
+        outbox_bytes: command.common.outbox_bytes,
     })
 }
 

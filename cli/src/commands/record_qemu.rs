@@ -1,7 +1,6 @@
 //! `heddle record qemu`: this process is the node that runs the user's QEMU.
 
-use super::console::{Terminal, TerminalOptions};
-use super::record::{exit_status, labels};
+use super::record::{exit_status, labels, open_terminal, outbox_of};
 use crate::args::{Format, RecordQemu};
 use crate::cluster::Cluster;
 use crate::exit::{INCOMPATIBLE, USAGE, coded};
@@ -16,11 +15,7 @@ use std::time::Instant;
 
 /// Records, with this terminal as the guest's console. QEMU's exit code is ours.
 pub async fn run(cluster: &Cluster, command: RecordQemu, format: Format) -> Result<u8> {
-    let outbox_dir = command.outbox.clone().unwrap_or_else(|| cluster.outbox_dir.clone());
-    let outbox_dir = std::path::absolute(outbox_dir)?;
-    for said in heddle_node::record::recover(&cluster.store, &outbox_dir).await {
-        eprintln!("heddle: {said}");
-    }
+    let outbox_dir = outbox_of(cluster, &command.common).await?;
     let is_quiet = output::is_for_programs(format);
     // Refused before the terminal changes hands or anything is stored.
     let given = command.command.clone();
@@ -31,24 +26,26 @@ pub async fn run(cluster: &Cluster, command: RecordQemu, format: Format) -> Resu
             Some(_) => coded(USAGE, format!("{error:#}")),
             None => coded(INCOMPATIBLE, format!("{error:#}")),
         })?;
+    let has_e1000 = planned.plan.arguments.iter().any(|argument| argument.contains("e1000"));
+    if !is_quiet && command.snapshot_every > 0 && has_e1000 {
+        eprintln!(
+            "heddle: with an e1000, snapshots taken while recording can make a replay from power-on \
+             stall; with a virtio-net-pci that was not seen"
+        );
+    }
     if !is_quiet {
         planned.plan.notes.iter().for_each(|note| eprintln!("heddle: {note}"));
     }
     let request = QemuRequest {
-        name: command.name.clone(),
-        labels: labels(&command.labels)?,
+        name: command.common.name.clone(),
+        labels: labels(&command.common.labels)?,
         planned,
         snapshot_every: command.snapshot_every,
         last_snapshot: !command.no_last_snapshot,
         outbox_dir: outbox_dir.clone(),
-        outbox_bytes: command.outbox_bytes,
+        outbox_bytes: command.common.outbox_bytes,
     };
-    let (terminal, console) = Terminal::open(TerminalOptions {
-        until: command.until.clone(),
-        prompt: command.prompt.clone(),
-        is_quiet,
-        outbox: outbox_dir.display().to_string(),
-    })?;
+    let (terminal, console) = open_terminal(&command.common, &outbox_dir, format)?;
     let watermarks = Watermarks::default();
     let began = Instant::now();
     let coordinator = Some(cluster.file.coordinator.clone());
@@ -60,7 +57,7 @@ pub async fn run(cluster: &Cluster, command: RecordQemu, format: Format) -> Resu
         cluster.store.delete(recorded.id).await?;
     }
     let summary = json!({
-        "recording": command.name,
+        "recording": command.common.name,
         "id": recorded.id,
         "instructions": recorded.end.icount,
         "events": recorded.end.event,
@@ -78,10 +75,10 @@ pub async fn run(cluster: &Cluster, command: RecordQemu, format: Format) -> Resu
     }
     match format {
         Format::Json | Format::Yaml => output::value(format, &summary)?,
-        Format::Name => output::line(command.name.clone())?,
+        Format::Name => output::line(command.common.name.clone())?,
         Format::Table | Format::Wide => eprintln!(
             "recorded {}: {} instructions, {} events, {} snapshots, {:.1} s{}",
-            command.name,
+            command.common.name,
             output::grouped(recorded.end.icount),
             output::grouped(recorded.end.event),
             recorded.snapshots,
