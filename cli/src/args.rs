@@ -67,6 +67,10 @@ pub enum Command {
     Index(Index),
     /// Compare two recordings' logs, without a replay.
     Diff(Diff),
+    /// Write a recording, with all that a replay of it needs, to standard output.
+    Export(Export),
+    /// Verify an exported recording as a whole, then store it.
+    Import(Import),
     /// Stop a QEMU recording's replay at an icount, for gdb; backwards, too.
     Debug(Debug),
     /// Test the QEMU builds of this machine: record, replay, snapshot, restore.
@@ -457,6 +461,20 @@ pub struct BenchQemu {
     /// Runs of each recording; the median counts.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
     pub runs: u32,
+}
+
+/// `heddle export`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct Export {
+    /// The recording.
+    pub recording: String,
+}
+
+/// `heddle import`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct Import {
+    /// What `heddle export` has written.
+    pub file: PathBuf,
 }
 
 /// `heddle diff`.

@@ -1,6 +1,6 @@
 //! Files and snapshots as blocks in the store.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use bytes::Bytes;
 use heddle_proto::Hash;
 use heddle_proto::manifest::{Image, MachineSpec};
@@ -53,6 +53,26 @@ pub async fn put_image(store: &StoreClient, name: &str, bytes: &Bytes) -> Result
 fn hashes(bytes: &[u8]) -> Result<Vec<Hash>> {
     ensure!(bytes.len() % 32 == 0, "an index block is not a list of hashes");
     Ok(bytes.chunks_exact(32).map(|hash| Hash(hash.try_into().expect("chunks of 32"))).collect())
+}
+
+/// The hashes of all blocks of a file.
+pub fn image_blocks(image: &Image, source: &mut dyn BlockSource) -> Result<Vec<Hash>> {
+    ensure!(image.bytes <= IMAGE_BYTES_MAX, "{} is too large", image.name);
+    let parts = image.bytes.div_ceil(IMAGE_BLOCK_BYTES as u64);
+    let mut blocks = vec![image.index];
+    let mut level = vec![image.index];
+    // How many there must be is known before they are read: a list may name one block often.
+    for expected in [parts.div_ceil(INDEX_HASHES as u64), parts] {
+        let mut below = vec![];
+        for block in source.blocks(&level).map_err(|error| anyhow!(error))? {
+            below.extend(hashes(&block)?);
+        }
+        let what = "has another number of blocks than its length asks for";
+        ensure!(below.len() as u64 == expected, "{} {what}", image.name);
+        blocks.extend(&below);
+        level = below;
+    }
+    Ok(blocks)
 }
 
 /// Blocks from the store, through a cache that a node's tasks share.

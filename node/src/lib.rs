@@ -7,11 +7,13 @@
 
 pub mod blocks;
 pub mod chunker;
+pub mod container;
 pub mod live;
 pub mod outbox;
 pub mod qemu;
 pub mod record;
 pub mod replay;
 pub mod rewrite;
+pub mod transfer;
 pub mod upload;
 pub mod worker;

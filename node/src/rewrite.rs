@@ -55,8 +55,7 @@ pub async fn rewrite(store: &StoreClient, id: RecordingId, epoch: u64, large_byt
     }
     let old = Hash::from_slice(&row.last_chunk)?;
     let mut larger = Larger { builder: ChunkBuilder::resume(id, 0, old), events: vec![], large_bytes };
-    let each = (row.bytes_raw / row.committed_events.max(1)).max(1);
-    let window = (WINDOW_BYTES / each).clamp(1, WINDOW_EVENTS);
+    let window = window_of(&row);
     let mut last = old;
     let (mut from, end) = (0, row.committed_events);
     while from < end {
@@ -71,6 +70,12 @@ pub async fn rewrite(store: &StoreClient, id: RecordingId, epoch: u64, large_byt
     }
     store.adopt(id, epoch, old, last).await?;
     Ok(())
+}
+
+/// How many of a recording's events to read at a time.
+pub(crate) fn window_of(row: &v1::RecordingRow) -> u64 {
+    let each = (row.bytes_raw / row.committed_events.max(1)).max(1);
+    (WINDOW_BYTES / each).clamp(1, WINDOW_EVENTS)
 }
 
 /// Makes larger chunks of small ones.

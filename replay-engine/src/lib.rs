@@ -31,4 +31,4 @@ pub use emulator::{Emulator, Step, World};
 pub use page_tree::BlockSource;
 pub use queue::AsyncQueue;
 pub use replayer::{EventSource, LogEnd, Replayer};
-pub use state::Snapshot;
+pub use state::{Snapshot, snapshot_blocks};

@@ -95,6 +95,13 @@ impl PageTree {
         PageTree::nodes(pages, root, source).map(|mut tree| std::mem::take(&mut tree.levels[0]))
     }
 
+    /// The hashes of all blocks under this root: nodes and pages.
+    pub fn blocks(pages: usize, root: Hash, source: &mut dyn BlockSource) -> Result<Vec<Hash>, String> {
+        let tree = PageTree::nodes(pages, root, source)?;
+        // A tree over one page has no node: its root is the page.
+        Ok(tree.levels.into_iter().flatten().filter(|hash| *hash != Hash::ZERO).collect())
+    }
+
     /// Rebuilds the tree with this root, and gives every page that is not zeros.
     pub fn restore(
         pages: usize,

@@ -23,6 +23,9 @@ pub struct StateTree {
     disks: Vec<PageTree>,
 }
 
+/// Bounds what a root may make its reader allocate: 64 GiB of pages.
+const PAGES_MAX: u64 = 1 << 24;
+
 /// A snapshot: its root block's hash, and the blocks that are new since the last one.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
@@ -47,6 +50,29 @@ struct SnapshotRoot {
     ram: Hash,
     disks: Vec<(u64, Hash)>,
     leaves: Vec<(String, Vec<u8>)>,
+}
+
+fn read_root(root: Hash, source: &mut dyn BlockSource) -> Result<SnapshotRoot, String> {
+    let bytes = source.blocks(&[root])?.pop().ok_or("the block source gave nothing")?;
+    let version: u32 = postcard::take_from_bytes(&bytes).map_err(|e| e.to_string())?.0;
+    if version != SNAPSHOT_VERSION {
+        return Err(format!("snapshot has version {version}; this build reads {SNAPSHOT_VERSION}"));
+    }
+    decode("snapshot root", &bytes)
+}
+
+/// The hashes of all blocks of a snapshot, its root among them.
+pub fn snapshot_blocks(root: Hash, source: &mut dyn BlockSource) -> Result<Vec<Hash>, String> {
+    let snapshot = read_root(root, source)?;
+    let mut blocks = vec![root];
+    let trees = [(snapshot.ram_pages, snapshot.ram)].into_iter().chain(snapshot.disks);
+    for (pages, tree) in trees {
+        if pages > PAGES_MAX {
+            return Err(format!("the snapshot claims {pages} pages"));
+        }
+        blocks.extend(PageTree::blocks(pages as usize, tree, source)?);
+    }
+    Ok(blocks)
 }
 
 /// What an emulator has beside its machine.
@@ -155,12 +181,7 @@ impl StateTree {
         root: Hash,
         source: &mut dyn BlockSource,
     ) -> Result<Restored, String> {
-        let bytes = source.blocks(&[root])?.pop().ok_or("the block source gave nothing")?;
-        let version: u32 = postcard::take_from_bytes(&bytes).map_err(|e| e.to_string())?.0;
-        if version != SNAPSHOT_VERSION {
-            return Err(format!("snapshot has version {version}; this build reads {SNAPSHOT_VERSION}"));
-        }
-        let snapshot: SnapshotRoot = decode("snapshot root", &bytes)?;
+        let snapshot = read_root(root, source)?;
         let disks_agree = snapshot.disks.len() == machine.drives.len()
             && snapshot.disks.iter().zip(&machine.drives).all(|((n, _), d)| *n == d.disk.blocks() as u64);
         if snapshot.ram_pages != (machine.ram.len() / PAGE) as u64 || !disks_agree {

@@ -153,6 +153,60 @@ async fn a_sealed_recording_is_written_anew_and_stays_the_same() {
     p.cluster.stop().await;
 }
 
+/// A recording leaves one cluster in a file and replays in another that never saw it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exported_recording_replays_elsewhere_and_a_changed_file_is_refused_whole() {
+    let (from, to) = (Processes::start(0, 5000).await, Processes::start(2, 5000).await);
+    from.heddle(&["record", "builtin", "--name", "loom"]).await.expect(0);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("loom.heddle");
+    let mut command = from.command();
+    command.args(["export", "loom"]).stdout(std::fs::File::create(&path).unwrap());
+    assert!(tokio::task::spawn_blocking(move || command.status()).await.unwrap().unwrap().success());
+    let whole = std::fs::read(&path).unwrap();
+    let name = path.to_str().unwrap();
+
+    // One bit anywhere, or one byte less or more, and nothing of it is taken.
+    let changed = dir.path().join("changed");
+    let seed = u64::from_le_bytes(whole[whole.len() - 8..].try_into().unwrap());
+    eprintln!("seed {seed}");
+    for i in 0..count(12, 200) {
+        let at = (seed.wrapping_mul(2 * i + 1) % whole.len() as u64) as usize;
+        let mut bytes = whole.clone();
+        match i % 4 {
+            0 => bytes.truncate(at),
+            1 if i == 1 => bytes.push(0),
+            _ => bytes[at] ^= 1 << (i % 8),
+        }
+        std::fs::write(&changed, bytes).unwrap();
+        let said = to.heddle(&["import", changed.to_str().unwrap()]).await.expect(5);
+        assert!(said.err.contains("nothing was imported"), "change {i} at {at}: {}", said.err);
+    }
+    assert!(to.client.store.list().await.unwrap().is_empty(), "nothing was stored");
+
+    to.heddle(&["import", name]).await.expect(0);
+    let again = to.heddle(&["import", name]).await.expect(0);
+    assert!(again.err.contains("there already"), "{}", again.err);
+    for spans in ["1", "4"] {
+        let value = to.heddle(&["replay", "loom", "--spans", spans, "-o", "json"]).await.expect(0).json();
+        assert_eq!(value["verdict"], "match", "{value}");
+    }
+    let same = |p: &Processes| {
+        let store = p.client.store.clone();
+        async move { store.list().await.unwrap().remove(0) }
+    };
+    let (a, b) = (same(&from).await, same(&to).await);
+    assert_eq!((a.manifest, a.counts, a.snapshots), (b.manifest, b.counts, b.snapshots));
+    // What was imported can be exported again.
+    let mut command = to.command();
+    command.args(["export", "loom"]).stdout(std::fs::File::create(&changed).unwrap());
+    assert!(tokio::task::spawn_blocking(move || command.status()).await.unwrap().unwrap().success());
+    from.client.store.delete(heddle_proto::RecordingId::from_slice(&a.recording).unwrap()).await.unwrap();
+    from.heddle(&["import", changed.to_str().unwrap()]).await.expect(0);
+    from.cluster.stop().await;
+    to.cluster.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn blocks_are_stored_once_and_checked() {
     let p = Processes::start(0, 5000).await;

@@ -211,6 +211,32 @@ pub(crate) fn get_blob(blob: &Blob, source: &mut dyn BlockSource) -> Result<Vec<
     Ok(bytes)
 }
 
+/// The hashes of all blocks of a snapshot, its root among them.
+pub fn blocks_of(hash: Hash, source: &mut dyn BlockSource) -> Result<Vec<Hash>> {
+    let root = read_root(hash, source)?;
+    let mut blocks = vec![hash];
+    for (_, bytes, tree) in &root.ram {
+        let pages = bytes.div_ceil(PAGE as u64) as usize;
+        blocks.extend(PageTree::blocks(pages, *tree, source).map_err(|error| anyhow!(error))?);
+    }
+    for blob in [&root.rest, &root.description].into_iter().chain(&root.disks) {
+        blocks.extend(&blob.blocks);
+    }
+    for disk in &root.disks {
+        blocks.extend(clusters(&get_blob(disk, source)?).map(|(_, hash)| hash));
+    }
+    blocks.retain(|hash| *hash != Hash::ZERO);
+    Ok(blocks)
+}
+
+/// A disk's list of clusters: number and hash of each.
+fn clusters(list: &[u8]) -> impl Iterator<Item = (u64, Hash)> {
+    list.chunks_exact(40).map(|entry| {
+        let (number, hash) = entry.split_at(8);
+        (u64::from_le_bytes(number.try_into().expect("8 bytes")), Hash(hash.try_into().expect("32 bytes")))
+    })
+}
+
 /// The pages of a snapshot's RAM block that are not zeros.
 pub fn pages(root: &Root, block: usize, source: &mut dyn BlockSource) -> Result<Vec<Option<Vec<u8>>>> {
     let (_, bytes, tree) = &root.ram[block];
@@ -254,14 +280,7 @@ pub fn restore(
     qcow2::write(vm_state, &contents)?;
     for (index, disk) in spec.disks.iter().enumerate() {
         let list = get_blob(&root.disks[index], source)?;
-        let entries = list.chunks_exact(40).map(|entry| {
-            let (number, hash) = entry.split_at(8);
-            (
-                u64::from_le_bytes(number.try_into().expect("8 bytes")),
-                Hash(hash.try_into().expect("32 bytes")),
-            )
-        });
-        let entries: Vec<(u64, Hash)> = entries.collect();
+        let entries: Vec<(u64, Hash)> = clusters(&list).collect();
         let mut data: BTreeMap<Hash, Vec<u8>> = BTreeMap::new();
         let wanted: Vec<Hash> =
             entries.iter().map(|(_, hash)| *hash).filter(|hash| *hash != Hash::ZERO).collect();
