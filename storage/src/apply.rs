@@ -3,7 +3,9 @@
 //! Epoch, contiguity and duplicates are judged here and nowhere else, epoch first.
 //! Every replica decides alike: nothing local enters.
 
-use crate::catalog::{BlockRow, Catalog, Changes, ChunkRow, Key, RecordingRow, RecordingState, SnapshotRow};
+use crate::catalog::{
+    BlockRow, Catalog, Chain, Changes, ChunkRow, Key, RecordingRow, RecordingState, SnapshotRow,
+};
 use crate::command::Command;
 use crate::error::Error;
 use crate::journal::Location;
@@ -105,8 +107,8 @@ impl Entry<'_> {
     fn open(&mut self, id: RecordingId, token: Vec<u8>, fence: bool) -> Result<Outcome, Error> {
         let opened = |row: &RecordingRow| Outcome::Opened {
             epoch: row.epoch,
-            events: row.events,
-            last_chunk: row.last_chunk,
+            events: row.chain.events,
+            last_chunk: row.chain.last_chunk,
         };
         let key = Key::recording(id);
         let row = match self.get::<RecordingRow>(&key)? {
@@ -125,13 +127,7 @@ impl Entry<'_> {
                 epoch: 1,
                 token,
                 manifest: self.bulk_at,
-                events: 0,
-                icount: 0,
-                chunks: 0,
-                bytes_stored: 0,
-                bytes_raw: 0,
-                last_chunk: Hash::ZERO,
-                counts: vec![0; heddle_proto::event::KINDS],
+                chain: Chain::new(Hash::ZERO),
                 rewritten_from: Hash::ZERO,
                 rewriting: None,
             },
@@ -152,22 +148,41 @@ impl Entry<'_> {
         Ok(if row.epoch == epoch { Ok(row) } else { Err(Refusal::Fenced { epoch: row.epoch }) })
     }
 
+    /// The bulk as a chunk of this recording: its header and id.
+    pub(crate) fn chunk_of(&self, id: RecordingId) -> Result<(ChunkHeader, Hash), Refusal> {
+        let header = ChunkHeader::decode(&self.bulk).map_err(|error| Refusal::Invalid(error.to_string()))?;
+        if header.recording != id {
+            return Err(Refusal::Invalid("the chunk is of another recording".into()));
+        }
+        Ok((header, Hash::of(&self.bulk[..HEADER_BYTES])))
+    }
+
+    /// Puts a chunk's row.
+    pub(crate) fn put_chunk(&mut self, key: Key, header: &ChunkHeader, id: Hash) {
+        let row = ChunkRow {
+            at: self.bulk_at,
+            id,
+            events: header.events,
+            first_icount: header.first_icount,
+            last_icount: header.last_icount,
+        };
+        self.changes.put(key, &row);
+    }
+
     fn append(&mut self, id: RecordingId, epoch: u64) -> Result<Outcome, Error> {
         let mut row = match self.writable(id, epoch)? {
             Ok(row) => row,
             Err(refusal) => return Ok(Outcome::Refused(refusal)),
         };
         let refused = |refusal| Ok(Outcome::Refused(refusal));
-        let header = match ChunkHeader::decode(&self.bulk) {
-            Ok(header) if header.recording == id => header,
-            Ok(_) => return refused(Refusal::Invalid("the chunk is of another recording".into())),
-            Err(error) => return refused(Refusal::Invalid(error.to_string())),
+        let (header, chunk_id) = match self.chunk_of(id) {
+            Ok(found) => found,
+            Err(refusal) => return refused(refusal),
         };
-        let chunk_id = Hash::of(&self.bulk[..HEADER_BYTES]);
-        if header.first_event < row.events {
+        if header.first_event < row.chain.events {
             let there = self.get::<ChunkRow>(&Key::chunk(id, header.first_event))?;
             return Ok(match there {
-                Some(chunk) if chunk.id == chunk_id => Outcome::Committed { events: row.events },
+                Some(chunk) if chunk.id == chunk_id => Outcome::Committed { events: row.chain.events },
                 _ => Outcome::Refused(Refusal::Conflict(format!(
                     "another chunk is committed at event {}",
                     header.first_event
@@ -177,32 +192,17 @@ impl Entry<'_> {
         if row.state != RecordingState::Recording {
             return refused(Refusal::Sealed);
         }
-        if header.first_event > row.events {
-            return refused(Refusal::Gap { events: row.events });
+        if header.first_event > row.chain.events {
+            return refused(Refusal::Gap { events: row.chain.events });
         }
-        if header.previous != row.last_chunk || header.first_icount < row.icount {
+        if !row.chain.is_followed_by(&header) {
             let what = "the chunk does not follow the last one committed".into();
             return refused(Refusal::Conflict(what));
         }
-        let chunk = ChunkRow {
-            at: self.bulk_at,
-            id: chunk_id,
-            events: header.events,
-            first_icount: header.first_icount,
-            last_icount: header.last_icount,
-        };
-        self.changes.put(Key::chunk(id, header.first_event), &chunk);
-        row.events = header.end_event();
-        row.icount = header.last_icount;
-        row.chunks += 1;
-        row.bytes_stored += self.bulk.len() as u64;
-        row.bytes_raw += u64::from(header.raw_bytes);
-        row.last_chunk = chunk_id;
-        for (sum, n) in row.counts.iter_mut().zip(header.counts) {
-            *sum = sum.saturating_add(n);
-        }
+        self.put_chunk(Key::chunk(id, header.first_event), &header, chunk_id);
+        row.chain.push(&header, chunk_id, self.bulk.len());
         self.changes.put(Key::recording(id), &row);
-        Ok(Outcome::Committed { events: row.events })
+        Ok(Outcome::Committed { events: row.chain.events })
     }
 
     fn seal(
@@ -217,11 +217,11 @@ impl Entry<'_> {
             Ok(row) => row,
             Err(refusal) => return Ok(Outcome::Refused(refusal)),
         };
-        if events > row.events {
-            return Ok(Outcome::Refused(Refusal::Gap { events: row.events }));
+        if events > row.chain.events {
+            return Ok(Outcome::Refused(Refusal::Gap { events: row.chain.events }));
         }
-        if events != row.events || (last != row.last_chunk && last != row.rewritten_from) {
-            let what = format!("{} events are committed, not {events}", row.events);
+        if events != row.chain.events || (last != row.chain.last_chunk && last != row.rewritten_from) {
+            let what = format!("{} events are committed, not {events}", row.chain.events);
             return Ok(Outcome::Refused(Refusal::Conflict(what)));
         }
         if row.state == RecordingState::Recording {

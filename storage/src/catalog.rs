@@ -15,7 +15,8 @@
 
 use crate::error::{Error, IoContext};
 use crate::journal::Location;
-use heddle_proto::{Hash, RecordingId};
+use heddle_proto::event::KINDS;
+use heddle_proto::{ChunkHeader, Hash, RecordingId};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
@@ -47,22 +48,17 @@ pub struct RecordingRow {
     pub epoch: u64,
     pub token: Vec<u8>,
     pub manifest: Location,
-    pub events: u64,
-    pub icount: u64,
-    pub chunks: u64,
-    pub bytes_stored: u64,
-    pub bytes_raw: u64,
-    pub last_chunk: Hash,
-    pub counts: Vec<u32>,
+    pub chain: Chain,
     /// The last of the chunks that were there before, if they were written anew.
     pub rewritten_from: Hash,
-    pub rewriting: Option<Rewriting>,
+    /// How far the writing of its chunks anew is.
+    pub rewriting: Option<Chain>,
 }
 
-/// How far the writing of a recording's chunks anew is.
+/// Chunks one behind the other: what they hold together.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
-pub struct Rewriting {
+pub struct Chain {
     pub events: u64,
     pub icount: u64,
     pub chunks: u64,
@@ -70,6 +66,41 @@ pub struct Rewriting {
     pub bytes_raw: u64,
     pub last_chunk: Hash,
     pub counts: Vec<u32>,
+}
+
+impl Chain {
+    /// An empty one, whose first chunk names `anchor` as the one before.
+    pub fn new(anchor: Hash) -> Chain {
+        Chain {
+            events: 0,
+            icount: 0,
+            chunks: 0,
+            bytes_stored: 0,
+            bytes_raw: 0,
+            last_chunk: anchor,
+            counts: vec![0; KINDS],
+        }
+    }
+
+    /// Whether a chunk follows the last one.
+    pub fn is_followed_by(&self, header: &ChunkHeader) -> bool {
+        header.first_event == self.events
+            && header.previous == self.last_chunk
+            && header.first_icount >= self.icount
+    }
+
+    /// Adds a chunk that follows, of so many bytes.
+    pub fn push(&mut self, header: &ChunkHeader, id: Hash, bytes: usize) {
+        self.events = header.end_event();
+        self.icount = header.last_icount;
+        self.chunks += 1;
+        self.bytes_stored += bytes as u64;
+        self.bytes_raw += u64::from(header.raw_bytes);
+        self.last_chunk = id;
+        for (sum, n) in self.counts.iter_mut().zip(header.counts) {
+            *sum = sum.saturating_add(n);
+        }
+    }
 }
 
 /// A chunk.

@@ -123,11 +123,11 @@ impl StoreService {
                 RecordingState::Cut => "cut",
             }
             .into(),
-            committed_events: row.events,
-            committed_icount: row.icount,
-            chunks: row.chunks,
-            bytes_stored: row.bytes_stored,
-            bytes_raw: row.bytes_raw,
+            committed_events: row.chain.events,
+            committed_icount: row.chain.icount,
+            chunks: row.chain.chunks,
+            bytes_stored: row.chain.bytes_stored,
+            bytes_raw: row.chain.bytes_raw,
             epoch: row.epoch,
             snapshots: snapshots
                 .into_iter()
@@ -138,9 +138,9 @@ impl StoreService {
                     digest: snapshot.digest.to_vec().into(),
                 })
                 .collect(),
-            last_chunk: row.last_chunk.to_vec().into(),
+            last_chunk: row.chain.last_chunk.to_vec().into(),
             rewritten_from: row.rewritten_from.to_vec().into(),
-            counts: row.counts,
+            counts: row.chain.counts,
         })
     }
 
