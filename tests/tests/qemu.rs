@@ -275,6 +275,15 @@ async fn wrong_input_ends_in_the_right_verdict() {
         "{}",
         said.err
     );
+    // A log that was cut in an event: what is left of it could not be decoded.
+    let half = events.len() / 2;
+    let mut wrong = events[..half].to_vec();
+    wrong.push(Event { body: Body::Qemu(QemuEvent::Raw { data: vec![0, 0, 1] }), ..events[half].clone() });
+    let (other, name) = with("in-an-event", &|_| {});
+    let kept = heddle_proto::v1::RecordingRow { snapshots: vec![], ..other };
+    copy(store, &kept, &name, &wrong, |e| e).await;
+    let said = p.heddle(&["replay", "in-an-event"]).await.expect(1);
+    assert!(said.err.contains(&format!("event {half} could not be decoded")), "{}", said.err);
     let (other, name) = with("build", &|m| m.build = "qemu-x86_64-7.2.99-0123456789ab".into());
     copy(store, &other, &name, &events, |e| e).await;
     let said = p.heddle(&["replay", "build"]).await.expect(6);
