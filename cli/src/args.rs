@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::local::DEFAULT_SHARDS;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -107,6 +108,9 @@ pub struct Up {
     /// Replicas of the store.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=9))]
     pub replicas: u64,
+    /// Shards of a new store: each is a Raft group of its own, and their leaders are spread.
+    #[arg(long, default_value_t = DEFAULT_SHARDS, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub shards: u32,
     /// Nodes.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(0..=64))]
     pub nodes: u64,
@@ -141,9 +145,16 @@ pub enum Serve {
         /// Where to listen.
         #[arg(long)]
         listen: std::net::SocketAddr,
-        /// All replicas, its own included: ID=URL.
+        /// All replicas of a new cluster, its own included: ID=URL.
         #[arg(long = "peer", value_name = "ID=URL", required = true)]
         peers: Vec<String>,
+        /// Shards of a new cluster.
+        #[arg(long, default_value_t = DEFAULT_SHARDS, value_parser = clap::value_parser!(u32).range(1..=1024))]
+        shards: u32,
+        /// A replica of the cluster to join, which `heddle replica add` has told of this one.
+        /// --peer then names this replica alone; cluster id and shards are the cluster's.
+        #[arg(long, value_name = "URL")]
+        join: Option<String>,
         /// End when the parent process ends.
         #[arg(long, hide = true)]
         with_parent: bool,

@@ -4,7 +4,7 @@ use crate::args::{BenchQemu, Format};
 use crate::cluster::Cluster;
 use crate::commands::recordings;
 use crate::exit::{OK, USAGE, coded};
-use crate::local::{LocalCluster, LocalConfig};
+use crate::local::{DEFAULT_SHARDS, LocalCluster, LocalConfig};
 use crate::output;
 use anyhow::{Context, Result, ensure};
 use heddle_node::qemu::builds::QemuBuild;
@@ -12,6 +12,7 @@ use heddle_node::rewrite::LARGE_BYTES;
 use heddle_proto::{ChunkBuilder, RecordingId};
 use heddle_replay_engine::qemu::log::encode;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -190,6 +191,8 @@ pub async fn qemu(command: BenchQemu, format: Format) -> Result<u8> {
         lease_ms: 20_000,
         offers_planted: false,
         qemu: vec![],
+        shards: DEFAULT_SHARDS,
+        environment: BTreeMap::new(),
     })
     .await?;
     let client = Cluster::in_dir(cluster.dir())?;

@@ -22,6 +22,8 @@ use tonic::transport::Channel;
 pub const FILE: &str = "cluster.json";
 /// Leases in an embedded cluster: its parts live and die together.
 const EMBEDDED_LEASE_MS: u64 = 10_000;
+/// One replica has no leaders to spread.
+const EMBEDDED_SHARDS: u32 = 1;
 
 /// Where a cluster's parts are.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -131,7 +133,10 @@ impl Cluster {
         let listener = tokio::net::UnixListener::bind(&socket)
             .with_context(|| format!("listen on {}; is the path too long for a socket?", socket.display()))?;
         let peers = BTreeMap::from([(1, address.clone())]);
-        let replica = Replica::start(ReplicaConfig { id: 1, cluster: 1, dir: dir.join("replica-1"), peers })?;
+        let dir_1 = dir.join("replica-1");
+        let config =
+            ReplicaConfig { id: 1, cluster: 1, dir: dir_1, peers, shards: EMBEDDED_SHARDS, joins: false };
+        let replica = Replica::start(config)?;
         // The coordinator needs the store, and both answer on one socket: so the store's
         // services are reached in process until the coordinator has read its jobs.
         let early = dir.join("store.sock");

@@ -8,7 +8,7 @@ use crate::commands::hunt::card;
 use crate::commands::recordings;
 use crate::commands::replay::{new_job_id, run_job, summary};
 use crate::exit::{OK, UNEXPECTED};
-use crate::local::{LocalCluster, LocalConfig};
+use crate::local::{DEFAULT_SHARDS, LocalCluster, LocalConfig};
 use crate::output;
 use anyhow::{Context, Result, bail, ensure};
 use heddle_proto::event::KIND_NAMES;
@@ -51,6 +51,8 @@ pub async fn run(command: Demo, format: Format) -> Result<u8> {
         lease_ms: LEASE_MS,
         offers_planted: true,
         qemu: vec![],
+        shards: DEFAULT_SHARDS,
+        environment: BTreeMap::new(),
     };
     // One future for the whole demo: a Ctrl-C between two waits must not be lost.
     let stop = crate::serve::asked_to_stop();

@@ -10,6 +10,9 @@ use std::time::Duration;
 use tokio::net::TcpSocket;
 use tokio::process::{Child, Command};
 
+/// Shards of a new store, unless said otherwise.
+pub const DEFAULT_SHARDS: u32 = 4;
+
 /// How a cluster on this machine is made up.
 #[derive(Clone, Debug)]
 pub struct LocalConfig {
@@ -29,6 +32,10 @@ pub struct LocalConfig {
     pub offers_planted: bool,
     /// QEMUs that nodes offer; none: the usual ones on the path.
     pub qemu: Vec<PathBuf>,
+    /// Shards of a new store.
+    pub shards: u32,
+    /// Variables of the environment of a part, by its name.
+    pub environment: BTreeMap<String, Vec<(String, String)>>,
 }
 
 /// A port that stays ours: bound, never listened on, so that a dead part refuses
@@ -119,6 +126,7 @@ impl LocalCluster {
             command.arg("storage").args(["--id", &number.to_string()]);
             command.arg("--dir").arg(self.config.dir.join(name));
             command.arg("--listen").arg(self.replicas[number - 1].address.to_string());
+            command.args(["--shards", &self.config.shards.to_string()]);
             for (i, replica) in self.replicas.iter().enumerate() {
                 command.arg("--peer").arg(format!("{}={}", i + 1, replica.url()));
             }
@@ -137,6 +145,9 @@ impl LocalCluster {
                 command.arg("--qemu").arg(program);
             }
             replicas(&mut command);
+        }
+        for (name, value) in self.config.environment.get(name).into_iter().flatten() {
+            command.env(name, value);
         }
         // A group of its own: a Ctrl-C at the terminal is ours to handle.
         command.arg("--with-parent").process_group(0).kill_on_drop(true);

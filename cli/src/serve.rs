@@ -7,7 +7,8 @@ use heddle_coordinator::{Coordinator, CoordinatorConfig};
 use heddle_node::qemu::builds::{self, QemuBuild};
 use heddle_node::worker::{NodeConfig, Worker};
 use heddle_storage::server::{Listener, serve};
-use heddle_storage::{Replica, ReplicaConfig};
+use heddle_proto::v1;
+use heddle_storage::{Replica, ReplicaConfig, StoreClient};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use tokio::net::TcpSocket;
@@ -18,12 +19,15 @@ const BACKLOG: u32 = 1024;
 /// Runs one part until it is told to stop.
 pub async fn run(command: args::Serve) -> Result<()> {
     match command {
-        args::Serve::Storage { id, cluster_id, dir, listen, peers, with_parent } => {
+        args::Serve::Storage { id, cluster_id, dir, listen, peers, shards, join, with_parent } => {
             follow_parent(with_parent)?;
             let peers = parse_peers(&peers)?;
             let listener = bind(listen)?;
-            let replica = Replica::start(ReplicaConfig { id, cluster: cluster_id, dir, peers })
-                .context("start the replica")?;
+            let mut config = ReplicaConfig { id, cluster: cluster_id, dir, peers, shards, joins: false };
+            if let Some(url) = join {
+                join_cluster(&mut config, url).await?;
+            }
+            let replica = Replica::start(config).context("start the replica")?;
             let ended = tokio::select! {
                 served = serve(Listener::Tcp(listener), replica.services(), std::future::pending()) => served.map_err(Into::into),
                 why = replica.stopped() => Err(coded(crate::exit::UNEXPECTED, format!("the replica stopped: {why}"))),
@@ -78,6 +82,20 @@ pub async fn run(command: args::Serve) -> Result<()> {
             }
         }
     }
+}
+
+/// Learns from a replica what this one must know to join its cluster.
+async fn join_cluster(config: &mut ReplicaConfig, url: String) -> Result<()> {
+    let mut client = StoreClient::new(vec![url.clone()]).at(&url)?;
+    let reply = client.replicas(v1::ReplicasRequest {}).await;
+    let reply = reply.with_context(|| format!("ask {url} about its cluster"))?.into_inner();
+    (config.cluster, config.shards, config.joins) = (reply.cluster, reply.shards, true);
+    for row in reply.peers.into_iter().chain(reply.me) {
+        if row.wish != "removed" {
+            config.peers.entry(row.id).or_insert(row.address);
+        }
+    }
+    Ok(())
 }
 
 /// Listens on an address that a parent may hold reserved.

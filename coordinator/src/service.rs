@@ -438,7 +438,7 @@ impl Service for Coordinator {
     }
 
     async fn info(&self, _: Request<v1::InfoRequest>) -> Result<Response<v1::InfoReply>, Status> {
-        let replicas = self.store.addresses().to_vec();
+        let replicas = self.store.addresses();
         Ok(Response::new(v1::InfoReply { replicas, epoch: self.epoch }))
     }
 }

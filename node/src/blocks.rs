@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, anyhow, ensure};
 use bytes::Bytes;
-use heddle_proto::Hash;
+use heddle_proto::{Hash, RecordingId};
 use heddle_proto::manifest::{Image, MachineSpec};
 use heddle_replay_engine::machine::loader::Images;
 use heddle_replay_engine::page_tree::BlockSource;
@@ -20,8 +20,9 @@ pub const IMAGE_BYTES_MAX: u64 = 4 << 30;
 /// Bytes of blocks a node keeps in memory; beyond it all are forgotten.
 const CACHE_BYTES_MAX: usize = 512 << 20;
 
-/// Stores a file; each hash is stored once, whatever file it comes from.
-pub async fn put_image(store: &StoreClient, name: &str, bytes: &Bytes) -> Result<Image> {
+/// Stores a file that a recording refers to; each hash is stored once, whatever file it
+/// comes from, and stays while any recording refers to it.
+pub async fn put_image(store: &StoreClient, owner: RecordingId, name: &str, bytes: &Bytes) -> Result<Image> {
     ensure!(
         bytes.len() as u64 <= IMAGE_BYTES_MAX,
         "{name} has {} bytes; at most {IMAGE_BYTES_MAX} can be stored",
@@ -46,7 +47,7 @@ pub async fn put_image(store: &StoreClient, name: &str, bytes: &Bytes) -> Result
     let mut all = blocks;
     all.extend(indexes);
     all.push((index, top));
-    store.put_blocks(all).await.with_context(|| format!("store {name}"))?;
+    store.put_blocks(owner, all).await.with_context(|| format!("store {name}"))?;
     Ok(Image { hash: Hash::of(bytes), bytes: bytes.len() as u64, index, name: name.into() })
 }
 

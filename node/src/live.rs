@@ -189,7 +189,7 @@ async fn upload_snapshots(
         let bytes = snapshot.bytes();
         loop {
             let stored = async {
-                store.put_blocks(snapshot.blocks.clone()).await?;
+                store.put_blocks(id, snapshot.blocks.clone()).await?;
                 store.add_snapshot(id, epoch, snapshot.row.clone()).await
             };
             match stored.await {

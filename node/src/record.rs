@@ -166,28 +166,30 @@ impl Drop for AbortOnDrop {
 async fn prepare(store: &StoreClient, request: &RecordRequest) -> Result<(Manifest, Images)> {
     async fn put(
         store: &StoreClient,
+        id: RecordingId,
         file: &Option<NamedFile>,
     ) -> Result<(Option<Image>, Option<Arc<[u8]>>)> {
         match file {
             None => Ok((None, None)),
             Some((name, bytes)) => {
-                Ok((Some(put_image(store, name, bytes).await?), Some(Arc::from(&bytes[..]))))
+                Ok((Some(put_image(store, id, name, bytes).await?), Some(Arc::from(&bytes[..]))))
             }
         }
     }
-    let (bios, bios_bytes) = put(store, &request.bios).await?;
-    let (kernel, kernel_bytes) = put(store, &request.kernel).await?;
-    let (initrd, initrd_bytes) = put(store, &request.initrd).await?;
+    let id = RecordingId(rand::random());
+    let (bios, bios_bytes) = put(store, id, &request.bios).await?;
+    let (kernel, kernel_bytes) = put(store, id, &request.kernel).await?;
+    let (initrd, initrd_bytes) = put(store, id, &request.initrd).await?;
     let mut drives = vec![];
     let mut drive_bytes: Vec<Arc<[u8]>> = vec![];
     for (name, bytes) in &request.drives {
-        drives.push(put_image(store, name, bytes).await?);
+        drives.push(put_image(store, id, name, bytes).await?);
         drive_bytes.push(Arc::from(&bytes[..]));
     }
     let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let manifest = Manifest {
         version: MANIFEST_VERSION,
-        id: RecordingId(rand::random()),
+        id,
         name: request.name.clone(),
         labels: request.labels.clone(),
         created_unix_ms: created.as_millis() as u64,

@@ -26,13 +26,13 @@ const LIMIT: Duration = Duration::from_secs(300);
 pub async fn compact(store: &StoreClient, id: RecordingId, epoch: u64) {
     let tries = async {
         for left in (0..TRIES).rev() {
-            let tried = store.tried();
+            let tried = store.tried(id);
             match rewrite(store, id, epoch, LARGE_BYTES).await {
                 Ok(()) => return,
                 Err(error) if left > 0 => {
                     tracing::debug!("write the chunks of {id} anew: {error:#}");
                     if let Some(StoreError::Unavailable(why)) = error.downcast_ref::<StoreError>() {
-                        store.redirect(tried, &tonic::Status::unavailable(why.clone()));
+                        store.redirect(id, tried, &tonic::Status::unavailable(why.clone()));
                     }
                     tokio::time::sleep(RETRY).await;
                 }
@@ -130,7 +130,7 @@ pub(crate) async fn append(
     };
     let requests: Vec<v1::AppendRequest> = chunks.into_iter().map(request).collect();
     if !requests.is_empty() {
-        let mut replies = store.leader()?.append(tokio_stream::iter(requests)).await?.into_inner();
+        let mut replies = store.leader(id)?.append(tokio_stream::iter(requests)).await?.into_inner();
         while replies.message().await?.is_some() {}
     }
     Ok(())

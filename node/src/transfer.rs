@@ -91,7 +91,8 @@ pub async fn import(store: &StoreClient, mut container: Container) -> Result<Mov
     };
     for part in hashes.chunks(BLOCKS) {
         let blocks = container.blocks(part).map_err(|error| anyhow::anyhow!(error))?;
-        store.put_blocks(part.iter().copied().zip(blocks.into_iter().map(Bytes::from)).collect()).await?;
+        let blocks = part.iter().copied().zip(blocks.into_iter().map(Bytes::from)).collect();
+        store.put_blocks(id, blocks).await?;
     }
     let (mut last, mut batch) = (Hash::ZERO, vec![]);
     for chunk in container.chunks() {

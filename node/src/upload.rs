@@ -41,12 +41,12 @@ impl Uploader {
         loop {
             // Events go to the outbox's file in time, whether or not a replica takes them.
             self.chunker.flush(false);
-            let tried = self.store.tried();
+            let tried = self.store.tried(self.recording);
             match self.stream().await {
                 Err(Broken::For(error)) => return error,
                 Err(Broken::Retry(status)) => {
                     tracing::debug!(%status, "the append stream broke");
-                    self.store.redirect(tried, &status);
+                    self.store.redirect(self.recording, tried, &status);
                 }
                 Ok(()) => {}
             }
@@ -55,7 +55,7 @@ impl Uploader {
     }
 
     async fn stream(&self) -> Result<(), Broken> {
-        let mut client = self.store.leader().map_err(Broken::For)?;
+        let mut client = self.store.leader(self.recording).map_err(Broken::For)?;
         let (sender, requests) = mpsc::channel(64);
         let response = tokio::time::timeout(SILENCE, client.append(ReceiverStream::new(requests))).await;
         let response = response.map_err(|_| Broken::Retry(Status::unavailable("no answer in time")))?;

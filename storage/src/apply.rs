@@ -1,14 +1,17 @@
 //! Applying a committed command: pure decisions over rows.
 //!
 //! Epoch, contiguity and duplicates are judged here and nowhere else, epoch first.
-//! Every replica decides alike: nothing local enters.
+//! Every replica decides alike: nothing local enters but where bytes lie. A command that
+//! is refused has changed nothing.
 
-use crate::catalog::{
-    BlockRow, Catalog, Chain, Changes, ChunkRow, Key, RecordingRow, RecordingState, SnapshotRow,
-};
-use crate::command::Command;
+use crate::catalog::Txn;
+use crate::command::{Command, Proposal};
 use crate::error::Error;
 use crate::journal::Location;
+use crate::schema::{
+    Chain, ChunkRow, Key, MemberRow, RecordingRow, RecordingState, SnapshotRow, Wish, chunks_of,
+    is_page_full,
+};
 use bytes::Bytes;
 use heddle_proto::chunk::HEADER_BYTES;
 use heddle_proto::{ChunkHeader, Hash, RecordingId};
@@ -32,6 +35,10 @@ pub enum Outcome {
     },
     /// A coordinator's epoch.
     Epoch(u64),
+    /// Which of the blocks are not there.
+    Wanted(Vec<bool>),
+    /// The shard of a recording.
+    Placed(u32),
     /// Done.
     Done,
     /// Refused.
@@ -57,28 +64,49 @@ pub enum Refusal {
     Sealed,
     /// No such recording.
     NotFound,
+    /// Its deletion is going on: try again.
+    BeingDeleted,
     /// The request itself is bad.
     Invalid(String),
 }
 
-/// An entry's command with what is needed to apply it.
-pub struct Entry<'a> {
-    /// The command.
-    pub command: Command,
-    /// Its bulk.
-    pub bulk: Bytes,
-    /// Where the bulk lies.
-    pub bulk_at: Location,
-    /// Rows so far.
-    pub catalog: &'a Catalog,
-    /// Rows of this batch.
-    pub changes: &'a mut Changes,
+/// Faults that tests plant to see that they are found. None in a shipped store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Planted {
+    #[default]
+    None,
+    AckBeforeFsync,
+    VoteNotPersisted,
+    CommitOfOldTerm,
+    SnapshotOverNewerLog,
+    ReferenceDroppedEarly,
 }
 
-impl Entry<'_> {
+/// A command with what is needed to apply it.
+pub struct Entry<'a, 'b> {
+    /// The group.
+    pub group: u32,
+    /// The command's bulk.
+    pub bulk: Bytes,
+    /// Where the entry lies.
+    pub entry_at: Location,
+    /// Where in it the bulk begins.
+    pub bulk_from: usize,
+    /// The rows.
+    pub rows: &'a mut Txn<'b>,
+    /// For tests.
+    pub planted: Planted,
+}
+
+pub(crate) fn refused(refusal: Refusal) -> Result<Outcome, Error> {
+    Ok(Outcome::Refused(refusal))
+}
+
+impl Entry<'_, '_> {
     /// Applies it. An error is this replica's own trouble and stops it.
-    pub fn apply(mut self) -> Result<Outcome, Error> {
-        match self.command.clone() {
+    pub fn apply(mut self, proposal: Proposal) -> Result<Outcome, Error> {
+        match proposal.command {
             Command::Open { recording, token, fence } => self.open(recording, token, fence),
             Command::Append { recording, epoch } => self.append(recording, epoch),
             Command::Seal { recording, epoch, events, last_chunk, cut } => {
@@ -87,21 +115,45 @@ impl Entry<'_> {
             Command::AddSnapshot { recording, epoch, icount, event, root, digest } => {
                 self.add_snapshot(recording, epoch, SnapshotRow { icount, event, root, digest })
             }
-            Command::PutBlocks { blocks } => self.put_blocks(blocks),
+            Command::PutBlocks { owner, blocks } => self.put_blocks(owner, blocks),
+            Command::Pin { owner, hashes } => self.pin(owner, hashes),
+            Command::DropOwner { owner } => self.drop_owner(owner),
             Command::MetaAcquire { .. } => {
-                let epoch = self.get::<u64>(&Key::epoch())?.unwrap_or(0) + 1;
-                self.changes.put(Key::epoch(), &epoch);
+                let epoch = self.rows.get::<u64>(&Key::epoch())?.unwrap_or(0) + 1;
+                self.rows.put(&Key::epoch(), &epoch);
                 Ok(Outcome::Epoch(epoch))
             }
             Command::MetaWrite { epoch, puts, deletes } => self.meta_write(epoch, puts, deletes),
             Command::Delete { recording } => self.delete(recording),
+            Command::Forget { recording } => self.forget(recording),
+            Command::Abandon { recording } => self.abandon(recording),
             Command::Rewrite { recording, epoch } => self.rewrite(recording, epoch),
             Command::Adopt { recording, epoch, old, new } => self.adopt(recording, epoch, old, new),
+            Command::Place { recording, shard } => {
+                let key = Key::placed(recording);
+                let placed = self.rows.get::<u32>(&key)?;
+                if placed.is_none() {
+                    self.rows.put(&key, &shard);
+                }
+                Ok(Outcome::Placed(placed.unwrap_or(shard)))
+            }
+            Command::Unplace { recording } => {
+                self.rows.remove(Key::placed(recording).0);
+                Ok(Outcome::Done)
+            }
+            Command::Member { id, address, wish } => self.member(id, address, wish),
         }
     }
 
-    pub(crate) fn get<T: serde::de::DeserializeOwned>(&self, key: &Key) -> Result<Option<T>, Error> {
-        self.catalog.get_with(key, self.changes)
+    /// Where a part of the bulk lies.
+    pub(crate) fn part(&self, from: usize, bytes: usize) -> Option<Location> {
+        let part = self.bulk.get(from..from.checked_add(bytes)?)?;
+        Some(self.entry_at.part(self.bulk_from + from, part))
+    }
+
+    /// Where the whole bulk lies.
+    pub(crate) fn whole(&self) -> Location {
+        self.entry_at.part(self.bulk_from, &self.bulk)
     }
 
     fn open(&mut self, id: RecordingId, token: Vec<u8>, fence: bool) -> Result<Outcome, Error> {
@@ -110,29 +162,32 @@ impl Entry<'_> {
             events: row.chain.events,
             last_chunk: row.chain.last_chunk,
         };
-        let key = Key::recording(id);
-        let row = match self.get::<RecordingRow>(&key)? {
+        let key = Key::recording(self.group, id);
+        let row = match self.rows.get::<RecordingRow>(&key)? {
+            Some(row) if row.state == RecordingState::Deleted => {
+                return refused(if fence { Refusal::NotFound } else { Refusal::BeingDeleted });
+            }
             // A retry gets the same answer, even after the end.
             Some(row) if row.token == token => return Ok(opened(&row)),
-            Some(row) if row.state != RecordingState::Recording => {
-                return Ok(Outcome::Refused(Refusal::Sealed));
-            }
-            Some(row) if !fence => {
-                return Ok(Outcome::Refused(Refusal::Fenced { epoch: row.epoch }));
-            }
+            Some(row) if row.state != RecordingState::Recording => return refused(Refusal::Sealed),
+            Some(row) if !fence => return refused(Refusal::Fenced { epoch: row.epoch }),
             Some(row) => RecordingRow { epoch: row.epoch + 1, token, ..row },
-            None if fence => return Ok(Outcome::Refused(Refusal::NotFound)),
-            None => RecordingRow {
-                state: RecordingState::Recording,
-                epoch: 1,
-                token,
-                manifest: self.bulk_at,
-                chain: Chain::new(Hash::ZERO),
-                rewritten_from: Hash::ZERO,
-                rewriting: None,
-            },
+            None if fence => return refused(Refusal::NotFound),
+            None => {
+                let manifest = self.whole();
+                self.rows.refer(manifest);
+                RecordingRow {
+                    state: RecordingState::Recording,
+                    epoch: 1,
+                    token,
+                    manifest,
+                    chain: Chain::new(Hash::ZERO),
+                    rewritten_from: Hash::ZERO,
+                    rewriting: None,
+                }
+            }
         };
-        self.changes.put(key, &row);
+        self.rows.put(&key, &row);
         Ok(opened(&row))
     }
 
@@ -142,7 +197,8 @@ impl Entry<'_> {
         id: RecordingId,
         epoch: u64,
     ) -> Result<Result<RecordingRow, Refusal>, Error> {
-        let Some(row) = self.get::<RecordingRow>(&Key::recording(id))? else {
+        let row = self.rows.get::<RecordingRow>(&Key::recording(self.group, id))?;
+        let Some(row) = row.filter(|row| row.state != RecordingState::Deleted) else {
             return Ok(Err(Refusal::NotFound));
         };
         Ok(if row.epoch == epoch { Ok(row) } else { Err(Refusal::Fenced { epoch: row.epoch }) })
@@ -157,30 +213,49 @@ impl Entry<'_> {
         Ok((header, Hash::of(&self.bulk[..HEADER_BYTES])))
     }
 
-    /// Puts a chunk's row.
-    pub(crate) fn put_chunk(&mut self, key: Key, header: &ChunkHeader, id: Hash) {
+    /// Adds a chunk behind the last of a chain, to pages of this kind.
+    pub(crate) fn push_chunk(
+        &mut self,
+        kind: u8,
+        id: RecordingId,
+        chain: &mut Chain,
+        header: &ChunkHeader,
+        chunk_id: Hash,
+    ) -> Result<(), Error> {
+        let at = self.whole();
         let row = ChunkRow {
-            at: self.bulk_at,
-            id,
+            at,
+            id: chunk_id,
+            first_event: header.first_event,
             events: header.events,
             first_icount: header.first_icount,
             last_icount: header.last_icount,
         };
-        self.changes.put(key, &row);
+        let mut key = Key::page(self.group, kind, id, chain.page);
+        if self.rows.len_of(&key)? > 0 && is_page_full(&self.rows.get_raw(&key.0)?.unwrap_or_default()) {
+            chain.page = header.first_event;
+            key = Key::page(self.group, kind, id, chain.page);
+        }
+        self.rows.extend(&key, |page| row.encode(page))?;
+        self.rows.refer(at);
+        chain.push(header, chunk_id, self.bulk.len());
+        Ok(())
     }
 
     fn append(&mut self, id: RecordingId, epoch: u64) -> Result<Outcome, Error> {
         let mut row = match self.writable(id, epoch)? {
             Ok(row) => row,
-            Err(refusal) => return Ok(Outcome::Refused(refusal)),
+            Err(refusal) => return refused(refusal),
         };
-        let refused = |refusal| Ok(Outcome::Refused(refusal));
         let (header, chunk_id) = match self.chunk_of(id) {
             Ok(found) => found,
             Err(refusal) => return refused(refusal),
         };
         if header.first_event < row.chain.events {
-            let there = self.get::<ChunkRow>(&Key::chunk(id, header.first_event))?;
+            let from = Key::page(self.group, b'c', id, 0);
+            let page = self.rows.last(&from, &Key::page(self.group, b'c', id, header.first_event))?;
+            let page = page.map(|(_, page)| page).unwrap_or_default();
+            let there = chunks_of(&page).find(|chunk| chunk.first_event == header.first_event);
             return Ok(match there {
                 Some(chunk) if chunk.id == chunk_id => Outcome::Committed { events: row.chain.events },
                 _ => Outcome::Refused(Refusal::Conflict(format!(
@@ -199,9 +274,8 @@ impl Entry<'_> {
             let what = "the chunk does not follow the last one committed".into();
             return refused(Refusal::Conflict(what));
         }
-        self.put_chunk(Key::chunk(id, header.first_event), &header, chunk_id);
-        row.chain.push(&header, chunk_id, self.bulk.len());
-        self.changes.put(Key::recording(id), &row);
+        self.push_chunk(b'c', id, &mut row.chain, &header, chunk_id)?;
+        self.rows.put(&Key::recording(self.group, id), &row);
         Ok(Outcome::Committed { events: row.chain.events })
     }
 
@@ -215,61 +289,83 @@ impl Entry<'_> {
     ) -> Result<Outcome, Error> {
         let mut row = match self.writable(id, epoch)? {
             Ok(row) => row,
-            Err(refusal) => return Ok(Outcome::Refused(refusal)),
+            Err(refusal) => return refused(refusal),
         };
         if events > row.chain.events {
-            return Ok(Outcome::Refused(Refusal::Gap { events: row.chain.events }));
+            return refused(Refusal::Gap { events: row.chain.events });
         }
         if events != row.chain.events || (last != row.chain.last_chunk && last != row.rewritten_from) {
             let what = format!("{} events are committed, not {events}", row.chain.events);
-            return Ok(Outcome::Refused(Refusal::Conflict(what)));
+            return refused(Refusal::Conflict(what));
         }
         if row.state == RecordingState::Recording {
             row.state = if cut { RecordingState::Cut } else { RecordingState::Sealed };
-            self.changes.put(Key::recording(id), &row);
+            self.rows.put(&Key::recording(self.group, id), &row);
         }
         Ok(Outcome::Committed { events })
     }
 
+    /// The root is in another shard: the service has seen that it is stored and owned, and
+    /// what a recording owns stays until the recording is deleted, which is judged here.
     fn add_snapshot(&mut self, id: RecordingId, epoch: u64, row: SnapshotRow) -> Result<Outcome, Error> {
         if let Err(refusal) = self.writable(id, epoch)? {
-            return Ok(Outcome::Refused(refusal));
+            return refused(refusal);
         }
-        if !self.catalog.has_with(&Key::block(row.root), self.changes)? {
-            let what = "the snapshot's root block is not stored".into();
-            return Ok(Outcome::Refused(Refusal::Invalid(what)));
-        }
-        self.changes.put(Key::snapshot(id, row.icount), &row);
+        self.rows.put(&Key::snapshot(self.group, id, row.icount), &row);
         Ok(Outcome::Done)
     }
 
     fn delete(&mut self, id: RecordingId) -> Result<Outcome, Error> {
-        let Some(row) = self.get::<RecordingRow>(&Key::recording(id))? else {
-            return Ok(Outcome::Refused(Refusal::NotFound));
+        let key = Key::recording(self.group, id);
+        let Some(mut row) = self.rows.get::<RecordingRow>(&key)? else {
+            return refused(Refusal::NotFound);
         };
         if row.state == RecordingState::Recording {
             let what = "it is being recorded; end the recording first".into();
-            return Ok(Outcome::Refused(Refusal::Conflict(what)));
+            return refused(Refusal::Conflict(what));
         }
-        // Rows of this batch first: they may not be in the catalog yet.
-        self.changes.delete_of(id);
-        for key in self.catalog.keys_of(id)? {
-            self.changes.delete(key);
+        if row.state == RecordingState::Deleted {
+            return Ok(Outcome::Done);
+        }
+        for kind in [b'c', b'w', b's'] {
+            for (key, value) in self.rows.scan(Key::span_of(self.group, kind, &id.0))? {
+                self.rows.drop_row(key, &value)?;
+            }
+        }
+        self.rows.release(row.manifest);
+        row.state = RecordingState::Deleted;
+        row.rewriting = None;
+        self.rows.put(&key, &row);
+        Ok(Outcome::Done)
+    }
+
+    fn forget(&mut self, id: RecordingId) -> Result<Outcome, Error> {
+        let key = Key::recording(self.group, id);
+        match self.rows.get::<RecordingRow>(&key)? {
+            Some(row) if row.state != RecordingState::Deleted => {
+                return refused(Refusal::Conflict("it is not deleted".into()));
+            }
+            Some(_) => self.rows.remove(key.0),
+            None => {}
         }
         Ok(Outcome::Done)
     }
 
-    fn put_blocks(&mut self, blocks: Vec<(Hash, u32, u32)>) -> Result<Outcome, Error> {
-        let mut from = 0;
-        for (hash, bytes, raw_bytes) in blocks {
-            let key = Key::block(hash);
-            // Each hash is stored once: a second copy is never pointed at.
-            if !self.catalog.has_with(&key, self.changes)? {
-                let at = self.bulk_at.part(from, bytes as usize);
-                self.changes.put(key, &BlockRow { at, raw_bytes });
-            }
-            from += bytes as usize;
+    fn abandon(&mut self, id: RecordingId) -> Result<Outcome, Error> {
+        let key = Key::recording(self.group, id);
+        if self.rows.has(&key)? {
+            return refused(Refusal::Conflict("it was opened".into()));
         }
+        let row = RecordingRow {
+            state: RecordingState::Deleted,
+            epoch: 0,
+            token: vec![],
+            manifest: self.entry_at,
+            chain: Chain::new(Hash::ZERO),
+            rewritten_from: Hash::ZERO,
+            rewriting: None,
+        };
+        self.rows.put(&key, &row);
         Ok(Outcome::Done)
     }
 
@@ -279,18 +375,52 @@ impl Entry<'_> {
         puts: Vec<(String, u32)>,
         deletes: Vec<String>,
     ) -> Result<Outcome, Error> {
-        let newest = self.get::<u64>(&Key::epoch())?.unwrap_or(0);
+        let newest = self.rows.get::<u64>(&Key::epoch())?.unwrap_or(0);
         if epoch != newest {
-            return Ok(Outcome::Refused(Refusal::Fenced { epoch: newest }));
+            return refused(Refusal::Fenced { epoch: newest });
+        }
+        let total: usize = puts.iter().map(|(_, bytes)| *bytes as usize).sum();
+        if total != self.bulk.len() {
+            return refused(Refusal::Invalid("the rows' lengths are not the bulk's".into()));
         }
         let mut from = 0;
         for (key, bytes) in puts {
-            self.changes.put(Key::meta(&key), &self.bulk_at.part(from, bytes as usize));
+            let key = Key::meta(&key);
+            let Some(at) = self.part(from, bytes as usize) else { continue };
+            self.drop_if_there(&key)?;
+            self.rows.put(&key, &at);
+            self.rows.refer(at);
             from += bytes as usize;
         }
         for key in deletes {
-            self.changes.delete(Key::meta(&key));
+            self.drop_if_there(&Key::meta(&key))?;
         }
+        Ok(Outcome::Done)
+    }
+
+    fn drop_if_there(&mut self, key: &Key) -> Result<(), Error> {
+        match self.rows.get_raw(&key.0)? {
+            Some(value) => self.rows.drop_row(key.0.clone(), &value),
+            None => Ok(()),
+        }
+    }
+
+    fn member(&mut self, id: u64, address: String, wish: Wish) -> Result<Outcome, Error> {
+        let key = Key::member(id);
+        let known = self.rows.get::<MemberRow>(&key)?;
+        let is_gone = known.as_ref().is_some_and(|row| row.wish == Wish::Removed);
+        if is_gone && wish != Wish::Removed {
+            let what = format!("replica {id} was removed; a new one takes a new id");
+            return refused(Refusal::Invalid(what));
+        }
+        let address = match known {
+            Some(row) if address.is_empty() => row.address,
+            None if address.is_empty() => {
+                return refused(Refusal::Invalid(format!("there is no replica {id}")));
+            }
+            _ => address,
+        };
+        self.rows.put(&key, &MemberRow { address, wish });
         Ok(Outcome::Done)
     }
 }

@@ -1,393 +1,445 @@
-//! The catalog: rows in sled that say where things lie in the journal.
+//! The catalog: rows that say where things lie in the journal, and a layer in memory
+//! for those that are not written yet.
 //!
-//! Never the truth: it can be deleted and is rebuilt from the journal. All rows of
-//! an apply and the applied index go in one batch. Values are at most 4 KiB, since
-//! larger ones can make sled 0.34 panic when it opens.
-//!
-//! ```text
-//! a                          applied index
-//! r recording                RecordingRow        c recording first-event   ChunkRow
-//! s recording icount         SnapshotRow         b hash                    BlockRow
-//! w recording first-event    ChunkRow, written anew and not adopted yet
-//! m key                      MetaValue           e                         coordinator's epoch
-//! v                          version of these rows
-//! ```
+//! Never the truth: it can be deleted and is rebuilt from the journal. Applying writes to
+//! memory alone; the rows of many entries, with the applied indexes they follow, go to
+//! disk in one batch, off the path of acknowledgements.
 
-use crate::error::{Error, IoContext};
+use crate::error::Error;
 use crate::journal::Location;
-use heddle_proto::event::KINDS;
-use heddle_proto::{ChunkHeader, Hash, RecordingId};
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use crate::rows::{Row, Rows};
+use crate::schema::{
+    BlockRow, ChunkRow, GroupRow, Key, MemberRow, RecordingRow, SnapshotRow, chunks_of, decode, encode,
+    locations, relocated,
+};
+use heddle_proto::{Hash, RecordingId};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
+use tokio::sync::Notify;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-/// Rows of another version are thrown away, and made anew from the journal.
-const VERSION: u32 = 2;
-/// Largest value of a row.
-const VALUE_BYTES_MAX: usize = 4 << 10;
-/// Cap of sled's cache.
-const CACHE_BYTES: u64 = 64 << 20;
+/// Rows that are read from disk at a time.
+const STEP: usize = 512;
 
-/// How far a recording is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum RecordingState {
-    /// It may grow.
-    Recording,
-    /// Complete.
-    Sealed,
-    /// Ended by the loss of its recorder: the durable prefix stands.
-    Cut,
-}
+/// Rows by key; `None` is a removed one.
+pub type Changes = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
 
-/// A recording.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs)]
-pub struct RecordingRow {
-    pub state: RecordingState,
-    pub epoch: u64,
-    pub token: Vec<u8>,
-    pub manifest: Location,
-    pub chain: Chain,
-    /// The last of the chunks that were there before, if they were written anew.
-    pub rewritten_from: Hash,
-    /// How far the writing of its chunks anew is.
-    pub rewriting: Option<Chain>,
-}
-
-/// Chunks one behind the other: what they hold together.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs)]
-pub struct Chain {
-    pub events: u64,
-    pub icount: u64,
-    pub chunks: u64,
-    pub bytes_stored: u64,
-    pub bytes_raw: u64,
-    pub last_chunk: Hash,
-    pub counts: Vec<u32>,
-}
-
-impl Chain {
-    /// An empty one, whose first chunk names `anchor` as the one before.
-    pub fn new(anchor: Hash) -> Chain {
-        Chain {
-            events: 0,
-            icount: 0,
-            chunks: 0,
-            bytes_stored: 0,
-            bytes_raw: 0,
-            last_chunk: anchor,
-            counts: vec![0; KINDS],
-        }
-    }
-
-    /// Whether a chunk follows the last one.
-    pub fn is_followed_by(&self, header: &ChunkHeader) -> bool {
-        header.first_event == self.events
-            && header.previous == self.last_chunk
-            && header.first_icount >= self.icount
-    }
-
-    /// Adds a chunk that follows, of so many bytes.
-    pub fn push(&mut self, header: &ChunkHeader, id: Hash, bytes: usize) {
-        self.events = header.end_event();
-        self.icount = header.last_icount;
-        self.chunks += 1;
-        self.bytes_stored += bytes as u64;
-        self.bytes_raw += u64::from(header.raw_bytes);
-        self.last_chunk = id;
-        for (sum, n) in self.counts.iter_mut().zip(header.counts) {
-            *sum = sum.saturating_add(n);
-        }
-    }
-}
-
-/// A chunk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs)]
-pub struct ChunkRow {
-    pub at: Location,
-    pub id: Hash,
-    pub events: u32,
-    pub first_icount: u64,
-    pub last_icount: u64,
-}
-
-/// A snapshot.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs)]
-pub struct SnapshotRow {
-    pub icount: u64,
-    pub event: u64,
-    pub root: Hash,
-    pub digest: Hash,
-}
-
-/// A block: zstd-compressed bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs)]
-pub struct BlockRow {
-    pub at: Location,
-    pub raw_bytes: u32,
-}
-
-/// A coordinator's value, at its place in the journal.
-pub type MetaValue = Location;
-
-/// A row's key.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Key(Vec<u8>);
-
-impl Key {
-    /// The applied index.
-    pub fn applied() -> Key {
-        Key(b"a".to_vec())
-    }
-    /// The coordinator's epoch.
-    pub fn epoch() -> Key {
-        Key(b"e".to_vec())
-    }
-    /// A recording.
-    pub fn recording(id: RecordingId) -> Key {
-        Key([b"r", &id.0[..]].concat())
-    }
-    /// A chunk, by its first event.
-    pub fn chunk(id: RecordingId, first_event: u64) -> Key {
-        Key([b"c", &id.0[..], &first_event.to_be_bytes()].concat())
-    }
-    /// A chunk that was written anew, by its first event.
-    pub fn rewritten(id: RecordingId, first_event: u64) -> Key {
-        Key([b"w", &id.0[..], &first_event.to_be_bytes()].concat())
-    }
-    /// Where an adopted chunk goes that was [written anew](Key::rewritten).
-    pub(crate) fn adopted(self) -> Key {
-        Key([b"c", &self.0[1..]].concat())
-    }
-    /// A snapshot, by its icount.
-    pub fn snapshot(id: RecordingId, icount: u64) -> Key {
-        Key([b"s", &id.0[..], &icount.to_be_bytes()].concat())
-    }
-    /// A block.
-    pub fn block(hash: Hash) -> Key {
-        Key([b"b", &hash.0[..]].concat())
-    }
-    /// The rows' version.
-    fn version() -> Key {
-        Key(b"v".to_vec())
-    }
-    /// A coordinator's row.
-    pub fn meta(key: &str) -> Key {
-        Key([b"m", key.as_bytes()].concat())
-    }
-}
-
-/// Rows to be written together, over those that are there.
 #[derive(Debug, Default)]
-pub struct Changes(HashMap<Key, Option<Vec<u8>>>);
+struct Overlay {
+    active: Changes,
+    /// On its way to disk.
+    frozen: Option<Arc<Changes>>,
+    /// About so many bytes are in `active`.
+    bytes: usize,
+    /// Bytes that rows point at, by segment.
+    live: BTreeMap<u64, u64>,
+}
 
-impl Changes {
-    /// Puts a row.
-    pub fn put<T: Serialize>(&mut self, key: Key, value: &T) {
-        let bytes = postcard::to_stdvec(value).expect("plain data encodes to memory");
-        assert!(bytes.len() <= VALUE_BYTES_MAX, "a catalog row of {} bytes", bytes.len());
-        self.0.insert(key, Some(bytes));
-    }
-    /// Removes a row.
-    pub fn delete(&mut self, key: Key) {
-        self.0.insert(key, None);
-    }
-    /// Removes what this batch has put of a recording.
-    pub fn delete_of(&mut self, id: RecordingId) {
-        let prefixes = prefixes_of(id);
-        for (key, value) in &mut self.0 {
-            if prefixes.iter().any(|prefix| key.0.starts_with(prefix)) {
-                *value = None;
-            }
-        }
+impl Overlay {
+    fn get(&self, key: &[u8]) -> Option<&Option<Vec<u8>>> {
+        self.active.get(key).or_else(|| self.frozen.as_ref().and_then(|frozen| frozen.get(key)))
     }
 }
 
-/// The beginnings of the keys of a recording's rows: itself, its chunks, its snapshots,
-/// its chunks written anew.
-fn prefixes_of(id: RecordingId) -> [Vec<u8>; 4] {
-    [b"r", b"c", b"s", b"w"].map(|kind| [&kind[..], &id.0[..]].concat())
-}
-
-/// The rows.
+/// The rows. Clones share them.
 #[derive(Clone, Debug)]
 pub struct Catalog {
-    tree: sled::Db,
-    path: PathBuf,
+    rows: Arc<dyn Rows>,
+    overlay: Arc<RwLock<Overlay>>,
+    changed: Arc<Notify>,
 }
 
 impl Catalog {
-    /// Opens the catalog in `dir`. One that can't be opened, or that is ahead of the
-    /// journal (whose last index is `last_index`), is thrown away, to be rebuilt.
-    pub fn open(dir: &Path, last_index: u64) -> Result<Catalog, Error> {
-        fs::create_dir_all(dir).at("create", dir)?;
-        let path = dir.to_path_buf();
-        let open = || sled::Config::default().path(dir).cache_capacity(CACHE_BYTES).open();
-        let usable = match open() {
-            Ok(tree) => Some(Catalog { tree, path: path.clone() }),
-            Err(sled::Error::Io(error)) => return Err(Error::Catalog(sled::Error::Io(error))),
-            Err(_) => None,
-        };
-        if let Some(catalog) = usable
-            && catalog.applied().is_ok_and(|applied| applied <= last_index)
-            && (catalog.is_new()? || catalog.get(&Key::version()).is_ok_and(|found| found == Some(VERSION)))
-        {
-            return Ok(catalog);
-        }
-        tracing::warn!(path = %dir.display(), "the catalog does not fit the journal: rebuilding it");
-        fs::remove_dir_all(dir).at("remove", dir)?;
-        Ok(Catalog { tree: open()?, path })
+    /// A catalog over stored rows.
+    pub fn new(rows: Arc<dyn Rows>) -> Catalog {
+        Catalog { rows, overlay: Arc::default(), changed: Arc::default() }
+    }
+
+    /// The rows on disk.
+    pub fn rows(&self) -> &Arc<dyn Rows> {
+        &self.rows
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Overlay> {
+        self.overlay.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins changes. Readers wait until it is dropped.
+    pub fn begin(&self) -> Txn<'_> {
+        Txn { rows: &self.rows, overlay: self.overlay.write().unwrap_or_else(PoisonError::into_inner) }
     }
 
     /// A row.
     pub fn get<T: DeserializeOwned>(&self, key: &Key) -> Result<Option<T>, Error> {
-        self.tree.get(&key.0)?.map(|bytes| self.decode(&bytes)).transpose()
+        get_in(&*self.rows, &self.read(), &key.0)?.map(|value| decode(&key.0, &value)).transpose()
     }
 
-    /// A row as it will be once `changes` are written.
-    pub fn get_with<T: DeserializeOwned>(&self, key: &Key, changes: &Changes) -> Result<Option<T>, Error> {
-        match changes.0.get(key) {
-            Some(bytes) => bytes.as_ref().map(|bytes| self.decode(bytes)).transpose(),
-            None => self.get(key),
-        }
+    /// A value, as bytes.
+    pub fn raw(&self, key: &[u8]) -> Result<Option<Vec<u8>>, Error> {
+        get_in(&*self.rows, &self.read(), key)
     }
 
-    /// Whether a row will be there once `changes` are written.
-    pub fn has_with(&self, key: &Key, changes: &Changes) -> Result<bool, Error> {
-        match changes.0.get(key) {
-            Some(bytes) => Ok(bytes.is_some()),
-            None => Ok(self.tree.contains_key(&key.0)?),
-        }
+    /// Wakes who waits for rows to change.
+    pub fn changed(&self) -> &Notify {
+        &self.changed
     }
 
-    fn decode<T: DeserializeOwned>(&self, bytes: &[u8]) -> Result<T, Error> {
-        postcard::from_bytes(bytes).map_err(|error| Error::Corrupt {
-            path: self.path.clone(),
-            offset: 0,
-            what: format!("a row does not decode ({error}); remove this directory, it is rebuilt"),
-        })
-    }
-
-    fn is_new(&self) -> Result<bool, Error> {
-        Ok(self.tree.iter().keys().next().transpose()?.is_none())
-    }
-
-    /// The rows of a kind, `c` or `w`, that a recording will have once `changes` are written.
-    pub(crate) fn chunk_rows_with(
+    /// The rows from `from` to `to`, both included, at most about `limit`, and where to go on.
+    pub fn range(
         &self,
-        kind: u8,
-        id: RecordingId,
-        changes: &Changes,
-    ) -> Result<BTreeMap<Key, ChunkRow>, Error> {
-        let prefix = [&[kind], &id.0[..]].concat();
-        let mut rows = BTreeMap::new();
-        for row in self.tree.scan_prefix(&prefix) {
-            let (key, value) = row?;
-            rows.insert(Key(key.to_vec()), Some(value.to_vec()));
-        }
-        let changed = changes.0.iter().filter(|(key, _)| key.0.starts_with(&prefix));
-        rows.extend(changed.map(|(key, value)| (key.clone(), value.clone())));
-        let kept = rows.into_iter().filter_map(|(key, value)| Some((key, value?)));
-        kept.map(|(key, value)| Ok((key, self.decode(&value)?))).collect()
+        from: &[u8],
+        to: &[u8],
+        limit: usize,
+    ) -> Result<(Vec<Row>, Option<Vec<u8>>), Error> {
+        range_in(&*self.rows, &self.read(), from, to, limit)
     }
 
-    /// The index of the last entry that the rows follow.
-    pub fn applied(&self) -> Result<u64, Error> {
-        Ok(self.get(&Key::applied())?.unwrap_or(0))
-    }
-
-    /// Writes rows and the applied index, all or none.
-    pub fn write(&self, mut changes: Changes, applied: u64) -> Result<(), Error> {
-        changes.put(Key::applied(), &applied);
-        changes.put(Key::version(), &VERSION);
-        let mut batch = sled::Batch::default();
-        for (key, value) in changes.0 {
-            match value {
-                Some(bytes) => batch.insert(key.0, bytes),
-                None => batch.remove(key.0),
+    /// Gives every row of a span to `visit`; those that change meanwhile as they are then.
+    pub fn visit(
+        &self,
+        (from, to): (Vec<u8>, Vec<u8>),
+        mut visit: impl FnMut(&[u8], &[u8]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let mut next = Some(from);
+        while let Some(from) = next {
+            let (rows, then) = self.range(&from, &to, STEP)?;
+            for (key, value) in &rows {
+                visit(key, value)?;
             }
+            next = then;
         }
-        Ok(self.tree.apply_batch(batch)?)
+        Ok(())
     }
 
-    /// Makes the rows durable. sled's own flush is not: its file is synced too.
-    pub fn sync(&self) -> Result<(), Error> {
-        self.tree.flush()?;
-        let file = self.path.join("db");
-        File::open(&file).and_then(|file| file.sync_data()).at("sync", &file)
+    /// How far a group is.
+    pub fn group(&self, group: u32) -> Result<GroupRow, Error> {
+        Ok(self.get(&Key::group(group))?.unwrap_or_default())
     }
 
-    /// All recordings.
-    pub fn recordings(&self) -> Result<Vec<(RecordingId, RecordingRow)>, Error> {
-        let rows = self.tree.scan_prefix(b"r").map(|row| {
-            let (key, value) = row?;
-            let id = RecordingId::from_slice(&key[1..]).unwrap_or_default();
-            Ok((id, self.decode(&value)?))
-        });
-        rows.collect()
-    }
-
-    /// The keys of all of a recording's rows.
-    pub fn keys_of(&self, id: RecordingId) -> Result<Vec<Key>, Error> {
-        let rows = prefixes_of(id).into_iter().flat_map(|prefix| self.tree.scan_prefix(prefix).keys());
-        rows.map(|key| Ok(Key(key?.to_vec()))).collect()
+    /// All recordings of a group.
+    pub fn recordings(&self, group: u32) -> Result<Vec<(RecordingId, RecordingRow)>, Error> {
+        let mut rows = vec![];
+        self.visit(Key::span_of(group, b'r', &[]), |key, value| {
+            rows.push((Key::id_of(key), decode(key, value)?));
+            Ok(())
+        })?;
+        Ok(rows)
     }
 
     /// A recording's snapshots, by icount.
-    pub fn snapshots(&self, id: RecordingId) -> Result<Vec<SnapshotRow>, Error> {
-        let prefix = [b"s", &id.0[..]].concat();
-        self.tree.scan_prefix(prefix).map(|row| self.decode(&row?.1)).collect()
+    pub fn snapshots(&self, group: u32, id: RecordingId) -> Result<Vec<SnapshotRow>, Error> {
+        let mut rows = vec![];
+        self.visit(Key::span_of(group, b's', &id.0), |key, value| {
+            rows.push(decode(key, value)?);
+            Ok(())
+        })?;
+        Ok(rows)
     }
 
-    /// Chunks from the one that holds `event` on, at most `count`, with their first events.
-    pub fn chunks_from(
+    /// The chunks of the page that holds `event`, from that event on, and the page's key;
+    /// none behind the end.
+    pub fn chunks_at(
         &self,
+        group: u32,
         id: RecordingId,
         event: u64,
-        count: usize,
-    ) -> Result<Vec<(u64, ChunkRow)>, Error> {
-        let rows = self.try_chunks_from(id, event, count)?;
-        // Between its two looks the chunks may have been written anew, with other borders.
-        match rows.first() {
-            Some((first, _)) if *first <= event => Ok(rows),
-            _ => self.try_chunks_from(id, event, count),
+    ) -> Result<(Vec<u8>, Vec<ChunkRow>), Error> {
+        let first = Key::page(group, b'c', id, 0).0;
+        let page = last_in(&*self.rows, &self.read(), &first, &Key::page(group, b'c', id, event).0)?;
+        let (key, page) = page.unwrap_or_default();
+        let chunks = chunks_of(&page).filter(|chunk| chunk.end_event() > event).collect();
+        Ok((key, chunks))
+    }
+
+    /// The first event of the chunk that holds the last event at or before an icount.
+    pub fn event_at(&self, group: u32, id: RecordingId, icount: u64) -> Result<u64, Error> {
+        // Pages are ordered by icount as by event: halve the events until one chunk is left.
+        let row: Option<RecordingRow> = self.get(&Key::recording(group, id))?;
+        let (mut low, mut high) = (0, row.map_or(0, |row| row.chain.events));
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let (_, page) = self.chunks_at(group, id, middle)?;
+            let Some(chunk) = page.first() else { break };
+            if chunk.last_icount < icount {
+                low = chunk.end_event();
+            } else if chunk.first_icount > icount && chunk.first_event > low {
+                high = chunk.first_event;
+            } else if chunk.first_event > low {
+                // It has the icount; an earlier one may have it, too.
+                high = chunk.first_event;
+            } else {
+                return Ok(chunk.first_event);
+            }
         }
-    }
-
-    fn try_chunks_from(
-        &self,
-        id: RecordingId,
-        event: u64,
-        count: usize,
-    ) -> Result<Vec<(u64, ChunkRow)>, Error> {
-        let first = Key::chunk(id, 0).0;
-        let from = Key::chunk(id, event).0;
-        let end = Key::chunk(id, u64::MAX).0;
-        let start = self
-            .tree
-            .range(first..=from.clone())
-            .next_back()
-            .transpose()?
-            .map_or(from, |(key, _)| key.to_vec());
-        let rows = self.tree.range(start..=end).take(count).map(|row| {
-            let (key, value) = row?;
-            let first = key[17..].try_into().map_or(0, u64::from_be_bytes);
-            Ok((first, self.decode(&value)?))
-        });
-        rows.collect()
+        Ok(low)
     }
 
     /// The coordinator's rows whose keys begin with `prefix`.
-    pub fn meta(&self, prefix: &str) -> Result<Vec<(String, MetaValue)>, Error> {
-        let rows = self.tree.scan_prefix(Key::meta(prefix).0).map(|row| {
-            let (key, value) = row?;
-            Ok((String::from_utf8_lossy(&key[1..]).into_owned(), self.decode(&value)?))
-        });
-        rows.collect()
+    pub fn meta(&self, prefix: &str) -> Result<Vec<(String, Location)>, Error> {
+        let mut rows = vec![];
+        self.visit(Key::meta(prefix).span(), |key, value| {
+            let name = String::from_utf8_lossy(Key::rest(key)).into_owned();
+            rows.push((name, decode(key, value)?));
+            Ok(())
+        })?;
+        Ok(rows)
+    }
+
+    /// All replicas that the cluster knows of, removed ones included.
+    pub fn members(&self) -> Result<BTreeMap<u64, MemberRow>, Error> {
+        let mut rows = BTreeMap::new();
+        self.visit(Key::span_of(0, b'n', &[]), |key, value| {
+            let id = Key::rest(key).try_into().map_or(0, u64::from_be_bytes);
+            rows.insert(id, decode(key, value)?);
+            Ok(())
+        })?;
+        Ok(rows)
+    }
+
+    /// Whether somebody refers to a block.
+    pub fn owns(&self, group: u32, hash: Hash, owner: RecordingId) -> Result<bool, Error> {
+        let Some(row) = self.get::<BlockRow>(&Key::block(group, hash))? else { return Ok(false) };
+        let further = Key::owner(group, hash, owner);
+        Ok(row.owner == owner || get_in(&*self.rows, &self.read(), &further.0)?.is_some())
+    }
+
+    /// Bytes that rows point at, by segment.
+    pub fn live(&self) -> BTreeMap<u64, u64> {
+        self.read().live.clone()
+    }
+
+    /// Counts the live bytes of all rows anew.
+    pub fn count_live(&self) -> Result<(), Error> {
+        let mut live: BTreeMap<u64, u64> = BTreeMap::new();
+        self.visit((vec![], vec![0xff; 8]), |key, value| {
+            for at in locations(key, value)? {
+                *live.entry(at.segment).or_default() += u64::from(at.bytes);
+            }
+            Ok(())
+        })?;
+        self.begin().overlay.live = live;
+        Ok(())
+    }
+
+    /// Rows and bytes that wait in memory.
+    pub fn waiting(&self) -> (usize, usize) {
+        let overlay = self.read();
+        (overlay.active.len(), overlay.bytes)
+    }
+
+    /// Takes what waits in memory, to be written; `None` if the last is not written yet.
+    pub fn freeze(&self) -> Option<Arc<Changes>> {
+        let mut overlay = self.overlay.write().unwrap_or_else(PoisonError::into_inner);
+        if overlay.frozen.is_some() {
+            return None;
+        }
+        overlay.bytes = 0;
+        let frozen = Arc::new(std::mem::take(&mut overlay.active));
+        overlay.frozen = Some(frozen.clone());
+        Some(frozen)
+    }
+
+    /// What was frozen is on disk.
+    pub fn thaw(&self) {
+        self.overlay.write().unwrap_or_else(PoisonError::into_inner).frozen = None;
+    }
+}
+
+fn get_in(rows: &dyn Rows, overlay: &Overlay, key: &[u8]) -> Result<Option<Vec<u8>>, Error> {
+    match overlay.get(key) {
+        Some(value) => Ok(value.clone()),
+        None => rows.get(key),
+    }
+}
+
+fn range_in(
+    rows: &dyn Rows,
+    overlay: &Overlay,
+    from: &[u8],
+    to: &[u8],
+    limit: usize,
+) -> Result<(Vec<Row>, Option<Vec<u8>>), Error> {
+    let stored = rows.range(from, to, limit)?;
+    let is_cut = stored.len() == limit;
+    let end = if is_cut { stored.last().map_or(to, |(key, _)| &key[..]).to_vec() } else { to.to_vec() };
+    let mut merged: Changes = stored.into_iter().map(|(key, value)| (key, Some(value))).collect();
+    let layers = overlay.frozen.iter().map(|frozen| &**frozen).chain([&overlay.active]);
+    for layer in layers {
+        let changed = layer.range(from.to_vec()..=end.clone());
+        merged.extend(changed.map(|(key, value)| (key.clone(), value.clone())));
+    }
+    let next = is_cut.then(|| [&end[..], &[0]].concat());
+    Ok((merged.into_iter().filter_map(|(key, value)| Some((key, value?))).collect(), next))
+}
+
+fn last_in(rows: &dyn Rows, overlay: &Overlay, from: &[u8], to: &[u8]) -> Result<Option<Row>, Error> {
+    let mut to = to.to_vec();
+    loop {
+        let mut newest: Option<Row> = rows.last(from, &to)?;
+        let mut is_removed = false;
+        let layers = overlay.frozen.iter().map(|frozen| &**frozen).chain([&overlay.active]);
+        for layer in layers {
+            if let Some((key, value)) = layer.range(from.to_vec()..=to.clone()).next_back()
+                && newest.as_ref().is_none_or(|(found, _)| key >= found)
+            {
+                is_removed = value.is_none();
+                newest = Some((key.clone(), value.clone().unwrap_or_default()));
+            }
+        }
+        match newest {
+            Some((key, _)) if is_removed => {
+                // The key before this one: nothing lies between.
+                to = key;
+                match to.pop() {
+                    Some(0) | None => {}
+                    Some(byte) => {
+                        to.push(byte - 1);
+                        to.extend_from_slice(&[0xff; 8]);
+                    }
+                }
+                if to[..] < *from {
+                    return Ok(None);
+                }
+            }
+            found => return Ok(found),
+        }
+    }
+}
+
+/// Changes to the rows, seen at once by whoever reads after it.
+pub struct Txn<'a> {
+    rows: &'a Arc<dyn Rows>,
+    overlay: RwLockWriteGuard<'a, Overlay>,
+}
+
+impl Txn<'_> {
+    /// A value, as bytes.
+    pub fn get_raw(&self, key: &[u8]) -> Result<Option<Vec<u8>>, Error> {
+        get_in(&**self.rows, &self.overlay, key)
+    }
+
+    /// A row.
+    pub fn get<T: DeserializeOwned>(&self, key: &Key) -> Result<Option<T>, Error> {
+        self.get_raw(&key.0)?.map(|value| decode(&key.0, &value)).transpose()
+    }
+
+    /// Whether there is such a row.
+    pub fn has(&self, key: &Key) -> Result<bool, Error> {
+        Ok(self.get_raw(&key.0)?.is_some())
+    }
+
+    /// Puts a row.
+    pub fn put<T: Serialize>(&mut self, key: &Key, value: &T) {
+        self.put_raw(key.0.clone(), encode(value));
+    }
+
+    /// Puts a row.
+    pub fn put_raw(&mut self, key: Vec<u8>, value: Vec<u8>) {
+        self.overlay.bytes += key.len() + value.len();
+        self.overlay.active.insert(key, Some(value));
+    }
+
+    /// Removes a row.
+    pub fn remove(&mut self, key: Vec<u8>) {
+        self.overlay.bytes += key.len();
+        self.overlay.active.insert(key, None);
+    }
+
+    /// Appends to the bytes of a row, which it makes if there is none.
+    pub fn extend(&mut self, key: &Key, with: impl FnOnce(&mut Vec<u8>)) -> Result<(), Error> {
+        if !matches!(self.overlay.active.get(&key.0), Some(Some(_))) {
+            let value = self.get_raw(&key.0)?.unwrap_or_default();
+            self.put_raw(key.0.clone(), value);
+        }
+        if let Some(Some(value)) = self.overlay.active.get_mut(&key.0) {
+            let before = value.len();
+            with(value);
+            let grown = value.len() - before;
+            self.overlay.bytes += grown;
+        }
+        Ok(())
+    }
+
+    /// Length of a row's value.
+    pub fn len_of(&self, key: &Key) -> Result<usize, Error> {
+        match self.overlay.get(&key.0) {
+            Some(value) => Ok(value.as_ref().map_or(0, Vec::len)),
+            None => Ok(self.rows.get(&key.0)?.map_or(0, |value| value.len())),
+        }
+    }
+
+    /// All rows of a span.
+    pub fn scan(&self, (from, to): (Vec<u8>, Vec<u8>)) -> Result<Vec<Row>, Error> {
+        let mut found = vec![];
+        let mut next = Some(from);
+        while let Some(from) = next {
+            let (rows, then) = range_in(&**self.rows, &self.overlay, &from, &to, STEP)?;
+            found.extend(rows);
+            next = then;
+        }
+        Ok(found)
+    }
+
+    /// The last row of a span.
+    pub fn last(&self, from: &Key, to: &Key) -> Result<Option<Row>, Error> {
+        last_in(&**self.rows, &self.overlay, &from.0, &to.0)
+    }
+
+    /// A row now points at these bytes.
+    pub fn refer(&mut self, at: Location) {
+        *self.overlay.live.entry(at.segment).or_default() += u64::from(at.bytes);
+    }
+
+    /// A row points at these bytes no longer.
+    pub fn release(&mut self, at: Location) {
+        if let Some(live) = self.overlay.live.get_mut(&at.segment) {
+            *live = live.saturating_sub(u64::from(at.bytes));
+        }
+    }
+
+    /// Removes a row, and lets go what it points at.
+    pub fn drop_row(&mut self, key: Vec<u8>, value: &[u8]) -> Result<(), Error> {
+        for at in locations(&key, value)? {
+            self.release(at);
+        }
+        self.remove(key);
+        Ok(())
+    }
+
+    /// Puts the rows of a whole group in the place of those it has.
+    pub fn replace_group(&mut self, group: u32, rows: Vec<Row>) -> Result<(), Error> {
+        for (key, value) in self.scan(Key::span_of_group(group))? {
+            self.drop_row(key, &value)?;
+        }
+        for (key, value) in rows {
+            for at in locations(&key, &value)? {
+                self.refer(at);
+            }
+            self.put_raw(key, value);
+        }
+        Ok(())
+    }
+
+    /// Points a row at where its bytes were moved to, if it still points at where they were.
+    pub fn relocate(&mut self, key: &[u8], moved: &BTreeMap<(u64, u32), Location>) -> Result<(), Error> {
+        let Some(value) = self.get_raw(key)? else { return Ok(()) };
+        let mut changes = vec![];
+        let value = relocated(key, &value, |at| match moved.get(&(at.segment, at.offset)) {
+            Some(to) if to.bytes == at.bytes && to.crc == at.crc => {
+                changes.push((at, *to));
+                *to
+            }
+            _ => at,
+        })?;
+        if changes.is_empty() {
+            return Ok(());
+        }
+        for (from, to) in changes {
+            self.release(from);
+            self.refer(to);
+        }
+        self.put_raw(key.to_vec(), value);
+        Ok(())
     }
 }

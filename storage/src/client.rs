@@ -6,9 +6,12 @@ use bytes::Bytes;
 use heddle_proto::compress::decompress;
 use heddle_proto::v1::log_store_client::LogStoreClient;
 use heddle_proto::{Chunk, Hash, RecordingId, v1};
-use std::collections::HashMap;
+use crate::placement::block_shard;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::future::Future;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use tokio::task::JoinSet;
 use std::time::Duration;
 use tokio::time::Instant;
 use tonic::transport::Channel;
@@ -24,6 +27,10 @@ const RETRY: Duration = Duration::from_millis(50);
 const ATTEMPT: Duration = Duration::from_secs(5);
 /// Raw bytes of blocks put together into one request.
 const BLOCKS_BYTES: usize = 1 << 20;
+/// Requests that carry blocks, at a time.
+const UPLOADS: usize = 4;
+/// Routes whose leader a client remembers.
+const LEADERS_MAX: usize = 16 << 10;
 
 /// What a caller can do something about.
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
@@ -49,6 +56,9 @@ pub enum StoreError {
     /// Stored bytes are damaged.
     #[error("stored bytes are damaged: {0}")]
     Corrupt(String),
+    /// The disk has no room for more.
+    #[error("{0}")]
+    Full(String),
     /// No majority answers.
     #[error("no majority of the store answers ({0})")]
     Unavailable(String),
@@ -65,17 +75,34 @@ impl From<Status> for StoreError {
             Code::NotFound => StoreError::NotFound(message),
             Code::InvalidArgument => StoreError::Invalid(message),
             Code::DataLoss => StoreError::Corrupt(message),
+            Code::ResourceExhausted => StoreError::Full(message),
             _ => StoreError::Unavailable(message),
         }
     }
 }
 
-/// A client of the whole store. Clones share connections and the leader's address.
+/// Who leads what is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Route {
+    /// A shard by its number; 0 is the coordinator's.
+    Shard(u32),
+    /// The shard that a recording was placed on.
+    Recording(RecordingId),
+}
+
+impl From<RecordingId> for Route {
+    fn from(id: RecordingId) -> Route {
+        Route::Recording(id)
+    }
+}
+
+/// A client of the whole store. Clones share connections and what they know of leaders.
 #[derive(Clone)]
 pub struct StoreClient {
-    addresses: Arc<Vec<String>>,
+    addresses: Arc<RwLock<Vec<String>>>,
     channels: Arc<Mutex<HashMap<String, Channel>>>,
-    leader: Arc<Mutex<usize>>,
+    leaders: Arc<Mutex<HashMap<Route, usize>>>,
+    shards: Arc<AtomicU32>,
     patience: Duration,
 }
 
@@ -84,9 +111,10 @@ impl StoreClient {
     pub fn new(addresses: Vec<String>) -> StoreClient {
         assert!(!addresses.is_empty(), "a cluster has replicas");
         StoreClient {
-            addresses: Arc::new(addresses),
+            addresses: Arc::new(RwLock::new(addresses)),
             channels: Arc::default(),
-            leader: Arc::default(),
+            leaders: Arc::default(),
+            shards: Arc::default(),
             patience: PATIENCE,
         }
     }
@@ -97,8 +125,8 @@ impl StoreClient {
     }
 
     /// The replicas' addresses.
-    pub fn addresses(&self) -> &[String] {
-        &self.addresses
+    pub fn addresses(&self) -> Vec<String> {
+        self.addresses.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// A client of the replica at `address`.
@@ -118,39 +146,63 @@ impl StoreClient {
     }
 
     /// The replica that is taken for the leader.
-    pub fn leader(&self) -> Result<Client, StoreError> {
-        self.at(&self.addresses[self.tried()])
+    pub fn leader(&self, route: impl Into<Route>) -> Result<Client, StoreError> {
+        self.number(self.tried(route))
+    }
+
+    fn number(&self, index: usize) -> Result<Client, StoreError> {
+        let addresses = self.addresses.read().unwrap_or_else(PoisonError::into_inner);
+        let address = addresses[index % addresses.len()].clone();
+        drop(addresses);
+        self.at(&address)
     }
 
     /// The index of the replica that is taken for the leader, to be given to
     /// [`StoreClient::redirect`] if it turns out not to be.
-    pub fn tried(&self) -> usize {
-        *self.leader.lock().unwrap_or_else(PoisonError::into_inner) % self.addresses.len()
+    pub fn tried(&self, route: impl Into<Route>) -> usize {
+        let leaders = self.leaders.lock().unwrap_or_else(PoisonError::into_inner);
+        leaders.get(&route.into()).copied().unwrap_or(0)
     }
 
     /// Follows what a failed attempt at replica `tried` says of the leader. Who fails
-    /// late does not knock others off the leader they have found meanwhile.
-    pub fn redirect(&self, tried: usize, status: &Status) {
-        let mut leader = self.leader.lock().unwrap_or_else(PoisonError::into_inner);
+    /// late does not knock others off the leader they have found meanwhile. Whether the
+    /// leader was named, so that nothing need be waited for.
+    pub fn redirect(&self, route: impl Into<Route>, tried: usize, status: &Status) -> bool {
         let named = status.metadata().get(LEADER_KEY).and_then(|v| v.to_str().ok());
-        let index = named.and_then(|named| self.addresses.iter().position(|a| a == named));
+        let mut addresses = self.addresses.write().unwrap_or_else(PoisonError::into_inner);
+        let index = named.map(|named| match addresses.iter().position(|address| address == named) {
+            Some(index) => index,
+            None => {
+                // A replica that was added since.
+                addresses.push(named.to_string());
+                addresses.len() - 1
+            }
+        });
+        let mut leaders = self.leaders.lock().unwrap_or_else(PoisonError::into_inner);
+        if leaders.len() > LEADERS_MAX {
+            leaders.clear();
+        }
+        let leader = leaders.entry(route.into()).or_insert(tried);
         match index {
             Some(named) => *leader = named,
-            None if *leader == tried => *leader = (tried + 1) % self.addresses.len(),
+            None if *leader == tried => *leader = (tried + 1) % addresses.len(),
             None => {}
         }
+        index.is_some_and(|named| named != tried)
     }
 
     /// Calls the leader, again and again while there is none.
-    async fn call<T, F, Fut>(&self, request: F) -> Result<T, StoreError>
+    async fn call<T, F, Fut>(&self, route: impl Into<Route>, request: F) -> Result<T, StoreError>
     where
         F: Fn(Client) -> Fut,
         Fut: Future<Output = Result<tonic::Response<T>, Status>>,
     {
+        let route = route.into();
         let until = Instant::now() + self.patience;
+        let mut named_in_a_row = 0;
         loop {
-            let tried = self.tried();
-            let attempt = tokio::time::timeout(ATTEMPT, request(self.at(&self.addresses[tried])?)).await;
+            let tried = self.tried(route);
+            let attempt = tokio::time::timeout(ATTEMPT, request(self.number(tried)?)).await;
             let status = match attempt {
                 Ok(Ok(response)) => return Ok(response.into_inner()),
                 Ok(Err(status)) => status,
@@ -160,9 +212,26 @@ impl StoreClient {
             if !may_retry || Instant::now() >= until {
                 return Err(status.into());
             }
-            self.redirect(tried, &status);
-            tokio::time::sleep(RETRY).await;
+            // Replicas that name each other in turn are not asked without a pause.
+            if self.redirect(route, tried, &status) && named_in_a_row < 2 {
+                named_in_a_row += 1;
+            } else {
+                named_in_a_row = 0;
+                tokio::time::sleep(RETRY).await;
+            }
         }
+    }
+
+    /// How many shards hold recordings and blocks.
+    pub async fn shards(&self) -> Result<u32, StoreError> {
+        let known = self.shards.load(Ordering::Relaxed);
+        if known > 0 {
+            return Ok(known);
+        }
+        let ask = |mut client: Client| async move { client.replicas(v1::ReplicasRequest {}).await };
+        let shards = self.call(Route::Shard(0), ask).await?.shards;
+        self.shards.store(shards, Ordering::Relaxed);
+        Ok(shards.max(1))
     }
 
     /// Opens a recording for writing, or fences its writer.
@@ -179,7 +248,7 @@ impl StoreClient {
             manifest: Bytes::copy_from_slice(manifest),
             fence,
         };
-        self.call(|mut client| {
+        self.call(id, |mut client| {
             let request = request.clone();
             async move { client.open(request).await }
         })
@@ -202,7 +271,7 @@ impl StoreClient {
             last_chunk: last_chunk.to_vec().into(),
             cut,
         };
-        self.call(|mut client| {
+        self.call(id, |mut client| {
             let request = request.clone();
             async move { client.seal(request).await }
         })
@@ -218,7 +287,7 @@ impl StoreClient {
             old: old.to_vec().into(),
             new: new.to_vec().into(),
         };
-        self.call(|mut client| {
+        self.call(id, |mut client| {
             let request = request.clone();
             async move { client.adopt(request).await }
         })
@@ -235,7 +304,7 @@ impl StoreClient {
     ) -> Result<(), StoreError> {
         let request =
             v1::AddSnapshotRequest { recording: id.to_vec().into(), epoch, snapshot: Some(snapshot) };
-        self.call(|mut client| {
+        self.call(id, |mut client| {
             let request = request.clone();
             async move { client.add_snapshot(request).await }
         })
@@ -247,7 +316,7 @@ impl StoreClient {
     pub async fn delete(&self, id: RecordingId) -> Result<(), StoreError> {
         let request = v1::DeleteRequest { recording: id.to_vec().into() };
         let done = self
-            .call(|mut client| {
+            .call(id, |mut client| {
                 let request = request.clone();
                 async move { client.delete(request).await }
             })
@@ -260,14 +329,13 @@ impl StoreClient {
 
     /// All recordings.
     pub async fn list(&self) -> Result<Vec<v1::RecordingRow>, StoreError> {
-        let reply = self.call(|mut client| async move { client.list(v1::ListRequest {}).await }).await?;
+        let reply = self.call(Route::Shard(0), |mut client| async move { client.list(v1::ListRequest {}).await }).await?;
         Ok(reply.recordings)
     }
 
     /// One recording.
     pub async fn get(&self, id: RecordingId) -> Result<v1::RecordingRow, StoreError> {
-        self.call(
-            |mut client| async move { client.get(v1::GetRequest { recording: id.to_vec().into() }).await },
+        self.call(id, |mut client| async move { client.get(v1::GetRequest { recording: id.to_vec().into() }).await },
         )
         .await
     }
@@ -282,13 +350,18 @@ impl StoreClient {
             if to != 0 && from_event >= to {
                 return Ok(chunks);
             }
-            let request = v1::ReadRequest { recording: id.to_vec().into(), from_event, to_event: to };
-            let tried = self.tried();
+            let request = v1::ReadRequest {
+                recording: id.to_vec().into(),
+                from_event,
+                to_event: to,
+                ..Default::default()
+            };
+            let tried = self.tried(id);
+            let lost = |status| self.transient(id.into(), tried, status);
             let attempt = async {
-                let mut client = self.at(&self.addresses[tried])?;
-                let mut stream =
-                    client.read(request).await.map_err(|s| self.transient(tried, s))?.into_inner();
-                while let Some(reply) = stream.message().await.map_err(|s| self.transient(tried, s))? {
+                let mut client = self.number(tried)?;
+                let mut stream = client.read(request).await.map_err(lost)?.into_inner();
+                while let Some(reply) = stream.message().await.map_err(lost)? {
                     let chunk = Chunk::parse(reply.chunk).map_err(|e| StoreError::Corrupt(e.to_string()))?;
                     let header = &chunk.header;
                     let follows = match chunks.last() {
@@ -314,44 +387,77 @@ impl StoreClient {
         }
     }
 
-    fn transient(&self, tried: usize, status: Status) -> StoreError {
+    fn transient(&self, route: Route, tried: usize, status: Status) -> StoreError {
         if is_transient(&status) {
-            self.redirect(tried, &status);
+            self.redirect(route, tried, &status);
             return StoreError::Unavailable(status.message().into());
         }
         status.into()
     }
 
-    /// Stores blocks that the store lacks; the number and compressed bytes sent.
-    pub async fn put_blocks(&self, blocks: Vec<(Hash, Bytes)>) -> Result<(u64, u64), StoreError> {
-        let mut sent = (0, 0);
-        for group in batches(blocks) {
-            let hashes: Vec<Bytes> = group.iter().map(|(hash, _)| hash.to_vec().into()).collect();
-            let request = v1::BlockHashes { hashes };
-            let missing = self
-                .call(|mut client| {
-                    let request = request.clone();
-                    async move { client.missing_blocks(request).await }
-                })
-                .await?
-                .hashes;
-            let blocks: Vec<v1::Block> = group
-                .iter()
-                .filter(|(hash, _)| missing.iter().any(|m| m[..] == hash.0))
-                .map(|(hash, data)| v1::Block { hash: hash.to_vec().into(), data: compress_block(data) })
-                .collect();
-            if blocks.is_empty() {
-                continue;
-            }
-            sent.0 += blocks.len() as u64;
-            sent.1 += blocks.iter().map(|block| block.data.len() as u64).sum::<u64>();
-            let request = v1::PutBlocksRequest { blocks };
-            self.call(|mut client| {
-                let request = request.clone();
-                async move { client.put_blocks(request).await }
-            })
-            .await?;
+    /// Stores the blocks that the store lacks, and notes that `owner` refers to them all;
+    /// the number and compressed bytes sent.
+    pub async fn put_blocks(
+        &self,
+        owner: RecordingId,
+        blocks: Vec<(Hash, Bytes)>,
+    ) -> Result<(u64, u64), StoreError> {
+        let shards = self.shards().await?;
+        let mut by_shard: BTreeMap<u32, Vec<(Hash, Bytes)>> = BTreeMap::new();
+        for block in blocks {
+            by_shard.entry(block_shard(block.0, shards)).or_default().push(block);
         }
+        let mut groups: Vec<(u32, Vec<(Hash, Bytes)>)> = vec![];
+        for (shard, blocks) in by_shard {
+            groups.extend(batches(blocks).into_iter().map(|group| (shard, group)));
+        }
+        let mut sent = (0, 0);
+        let mut running = JoinSet::new();
+        let mut groups = groups.into_iter();
+        loop {
+            while running.len() < UPLOADS
+                && let Some((shard, group)) = groups.next()
+            {
+                let client = self.clone();
+                running.spawn(async move { client.put_group(owner, shard, group).await });
+            }
+            let Some(done) = running.join_next().await else { return Ok(sent) };
+            let done = done.map_err(|error| StoreError::Unavailable(error.to_string()))??;
+            sent = (sent.0 + done.0, sent.1 + done.1);
+        }
+    }
+
+    async fn put_group(
+        &self,
+        owner: RecordingId,
+        shard: u32,
+        group: Vec<(Hash, Bytes)>,
+    ) -> Result<(u64, u64), StoreError> {
+        let hashes: Vec<Bytes> = group.iter().map(|(hash, _)| hash.to_vec().into()).collect();
+        let owner: Bytes = owner.to_vec().into();
+        let request = v1::PinRequest { owner: owner.clone(), shard, hashes };
+        let pin = |mut client: Client| {
+            let request = request.clone();
+            async move { client.pin_blocks(request).await }
+        };
+        let missing: HashSet<Bytes> =
+            self.call(Route::Shard(shard), pin).await?.hashes.into_iter().collect();
+        let wanted: Vec<(Hash, Bytes)> =
+            group.into_iter().filter(|(hash, _)| missing.contains(&hash.0[..])).collect();
+        if wanted.is_empty() {
+            return Ok((0, 0));
+        }
+        let blocks: Vec<v1::Block> = wanted
+            .iter()
+            .map(|(hash, data)| v1::Block { hash: hash.to_vec().into(), data: compress_block(data) })
+            .collect();
+        let sent = (blocks.len() as u64, blocks.iter().map(|block| block.data.len() as u64).sum::<u64>());
+        let request = v1::PutBlocksRequest { blocks, owner, shard };
+        let put = |mut client: Client| {
+            let request = request.clone();
+            async move { client.put_blocks(request).await }
+        };
+        self.call(Route::Shard(shard), put).await?;
         Ok(sent)
     }
 
@@ -368,13 +474,16 @@ impl StoreClient {
 
     async fn try_get_blocks(&self, hashes: &[Hash]) -> Result<Vec<Bytes>, StoreError> {
         let request = v1::BlockHashes { hashes: hashes.iter().map(|h| h.to_vec().into()).collect() };
-        let tried = self.tried();
-        let mut client = self.at(&self.addresses[tried])?;
-        let stream = client.get_blocks(request).await.map_err(|s| self.transient(tried, s))?;
+        // Any replica has every block.
+        let route = Route::Shard(0);
+        let tried = self.tried(route);
+        let lost = |status| self.transient(route, tried, status);
+        let mut client = self.number(tried)?;
+        let stream = client.get_blocks(request).await.map_err(lost)?;
         let mut stream = stream.into_inner();
         let mut blocks = Vec::with_capacity(hashes.len());
         for hash in hashes {
-            let block = stream.message().await.map_err(|s| self.transient(tried, s))?;
+            let block = stream.message().await.map_err(lost)?;
             let block =
                 block.ok_or_else(|| StoreError::Unavailable("the stream of blocks ended early".into()))?;
             let raw = decompress(&block.data, BLOCK_BYTES_MAX)
@@ -390,7 +499,7 @@ impl StoreClient {
     /// Takes over as coordinator.
     pub async fn meta_acquire(&self, holder: &str) -> Result<u64, StoreError> {
         let reply = self
-            .call(|mut client| async move {
+            .call(Route::Shard(0), |mut client| async move {
                 client.meta_acquire(v1::MetaAcquireRequest { holder: holder.into() }).await
             })
             .await?;
@@ -405,7 +514,7 @@ impl StoreClient {
         deletes: Vec<String>,
     ) -> Result<(), StoreError> {
         let request = v1::MetaWriteRequest { epoch, puts, deletes };
-        self.call(|mut client| {
+        self.call(Route::Shard(0), |mut client| {
             let request = request.clone();
             async move { client.meta_write(request).await }
         })
@@ -416,30 +525,98 @@ impl StoreClient {
     /// A coordinator's rows.
     pub async fn meta_scan(&self, prefix: &str) -> Result<Vec<v1::MetaRow>, StoreError> {
         let reply = self
-            .call(|mut client| async move {
+            .call(Route::Shard(0), |mut client| async move {
                 client.meta_scan(v1::MetaScanRequest { prefix: prefix.into() }).await
             })
             .await?;
         Ok(reply.rows)
     }
 
-    /// How each replica stands, asked one by one.
+    /// How each replica stands, asked one by one. Those that others know of are asked, too.
     pub async fn replicas(&self) -> Vec<v1::ReplicaRow> {
-        let mut rows = vec![];
-        for (i, address) in self.addresses.iter().enumerate() {
+        let mut rows: Vec<v1::ReplicaRow> = vec![];
+        let mut asked: Vec<String> = vec![];
+        let mut to_ask = self.addresses();
+        let mut others: BTreeMap<String, v1::ReplicaRow> = BTreeMap::new();
+        while let Some(address) = (!to_ask.is_empty()).then(|| to_ask.remove(0)) {
+            if asked.contains(&address) {
+                continue;
+            }
+            asked.push(address.clone());
             let ask = async {
-                let mut client = self.at(address).ok()?;
-                client.replicas(v1::ReplicasRequest {}).await.ok()?.into_inner().me
+                let mut client = self.at(&address).ok()?;
+                Some(client.replicas(v1::ReplicasRequest {}).await.ok()?.into_inner())
             };
-            let row = tokio::time::timeout(Duration::from_secs(1), ask).await.ok().flatten();
-            rows.push(row.unwrap_or_else(|| v1::ReplicaRow {
-                id: i as u64 + 1,
+            let reply = tokio::time::timeout(Duration::from_secs(1), ask).await.ok().flatten();
+            let lost = v1::ReplicaRow {
+                id: asked.len() as u64,
                 address: address.clone(),
                 role: "unreachable".into(),
                 ..Default::default()
-            }));
+            };
+            let Some(reply) = reply else {
+                rows.push(lost);
+                continue;
+            };
+            for peer in reply.peers {
+                if peer.wish != "removed" {
+                    to_ask.push(peer.address.clone());
+                }
+                others.insert(peer.address.clone(), peer);
+            }
+            rows.extend(reply.me);
         }
+        // Who does not answer is known by those who do.
+        for row in rows.iter_mut().filter(|row| row.role == "unreachable") {
+            if let Some(known) = others.get(&row.address) {
+                (row.id, row.wish) = (known.id, known.wish.clone());
+            }
+        }
+        rows.sort_by_key(|row| row.id);
+        rows.dedup_by_key(|row| row.id);
         rows
+    }
+
+    /// What a replica of the cluster is to be: `member`, `drained` or `removed`.
+    pub async fn set_member(&self, id: u64, address: &str, wish: &str) -> Result<(), StoreError> {
+        let request = v1::SetMemberRequest { id, address: address.into(), wish: wish.into() };
+        let set = |mut client: Client| {
+            let request = request.clone();
+            async move { client.set_member(request).await }
+        };
+        self.call(Route::Shard(0), set).await.map(drop)
+    }
+
+    pub(crate) async fn place(&self, id: RecordingId) -> Result<u32, StoreError> {
+        let place = |mut client: Client| async move {
+            client.place(v1::PlaceRequest { recording: id.to_vec().into() }).await
+        };
+        Ok(self.call(Route::Shard(0), place).await?.shard)
+    }
+
+    pub(crate) async fn drop_owner(&self, shard: u32, id: RecordingId) -> Result<(), StoreError> {
+        let drop_owner = |mut client: Client| async move {
+            client.drop_owner(v1::DropOwnerRequest { shard, owner: id.to_vec().into() }).await
+        };
+        self.call(Route::Shard(shard), drop_owner).await.map(drop)
+    }
+
+    pub(crate) async fn forget(&self, id: RecordingId) -> Result<(), StoreError> {
+        self.forget_step(id, id.into(), "recording").await?;
+        self.forget_step(id, Route::Shard(0), "placement").await
+    }
+
+    pub(crate) async fn abandon(&self, id: RecordingId) -> Result<(), StoreError> {
+        self.forget_step(id, id.into(), "abandon").await
+    }
+
+    async fn forget_step(&self, id: RecordingId, route: Route, step: &str) -> Result<(), StoreError> {
+        let request = v1::ForgetRequest { recording: id.to_vec().into(), step: step.into() };
+        let forget = |mut client: Client| {
+            let request = request.clone();
+            async move { client.forget(request).await }
+        };
+        self.call(route, forget).await.map(drop)
     }
 }
 

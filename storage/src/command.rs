@@ -1,18 +1,23 @@
-//! Commands: what a Raft entry of the store holds.
+//! Commands: what a Raft entry of the store holds, one or many.
 //!
 //! ```text
-//! entry data   version u8 | 0 x3 | head bytes u32 | head (postcard) | bulk
+//! entry data   version u8 | 0 x3 | commands u32, then of each:
+//!              head bytes u32 | bulk bytes u32 | head (postcard) | bulk
 //! ```
-//! The bulk (a chunk, a manifest, blocks) is never copied on its way to the
-//! journal, and stays there: rows point at it.
+//! The bulk (a chunk, a manifest, blocks) is copied once, into the entry, and stays where
+//! the journal puts that: rows point at it.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use heddle_proto::{Hash, RecordingId};
 use serde::{Deserialize, Serialize};
 
+use crate::schema::Wish;
+
 /// Largest bulk of a command.
 pub const BULK_BYTES_MAX: usize = 8 << 20;
-const VERSION: u8 = 1;
+/// An entry that has so many bytes takes no further command.
+pub const ENTRY_BYTES: usize = 256 << 10;
+const VERSION: u8 = 2;
 const PREFIX: usize = 8;
 
 /// The small part of a command.
@@ -64,6 +69,8 @@ pub enum Command {
     },
     /// Bulk: the blocks' compressed bytes, one after the other.
     PutBlocks {
+        /// The recording that refers to them.
+        owner: RecordingId,
         /// Name, compressed and raw length of each.
         blocks: Vec<(Hash, u32, u32)>,
     },
@@ -104,29 +111,110 @@ pub enum Command {
         /// The last of the new.
         new: Hash,
     },
+    /// Refers to blocks that are there, and says which are not.
+    Pin {
+        /// The recording that refers to them.
+        owner: RecordingId,
+        /// The blocks.
+        hashes: Vec<Hash>,
+    },
+    /// A recording that is deleted refers to no block of this shard any more.
+    DropOwner {
+        /// The recording.
+        owner: RecordingId,
+    },
+    /// Removes what is left of a deleted recording, once it refers to no block.
+    Forget {
+        /// Which.
+        recording: RecordingId,
+    },
+    /// A recording that owns blocks and was never opened never will be.
+    Abandon {
+        /// Which.
+        recording: RecordingId,
+    },
+    /// Fixes the shard of a recording; the first wins.
+    Place {
+        /// Which.
+        recording: RecordingId,
+        /// Where.
+        shard: u32,
+    },
+    /// Forgets the shard of a recording that is gone.
+    Unplace {
+        /// Which.
+        recording: RecordingId,
+    },
+    /// What a replica is to be.
+    Member {
+        /// Which.
+        id: u64,
+        /// Where it listens.
+        address: String,
+        /// What.
+        wish: Wish,
+    },
 }
 
-impl Command {
-    /// The entry's data.
-    pub fn encode(&self, bulk: &[u8]) -> Bytes {
-        let head = postcard::to_stdvec(self).expect("plain data encodes to memory");
-        let mut out = BytesMut::with_capacity(PREFIX + head.len() + bulk.len());
-        out.put_slice(&[VERSION, 0, 0, 0]);
-        out.put_u32_le(head.len() as u32);
-        out.put_slice(&head);
-        out.put_slice(bulk);
-        out.freeze()
-    }
+/// A command with its bulk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Proposal {
+    /// The command.
+    pub command: Command,
+    /// Its bulk.
+    pub bulk: Bytes,
+}
 
-    /// The command, and where its bulk begins.
-    pub fn decode(data: &[u8]) -> Result<(Command, usize), String> {
-        let prefix = data.get(..PREFIX).ok_or("entry is shorter than its prefix")?;
-        if prefix[0] != VERSION {
-            return Err(format!("entry has version {}; this build reads {VERSION}", prefix[0]));
-        }
-        let head_bytes = u32::from_le_bytes(prefix[4..].try_into().expect("4 bytes")) as usize;
-        let head = data[PREFIX..].get(..head_bytes).ok_or("entry is shorter than its head")?;
-        let command = postcard::from_bytes(head).map_err(|e| format!("entry's head: {e}"))?;
-        Ok((command, PREFIX + head_bytes))
+impl Proposal {
+    /// About how many bytes it takes.
+    pub fn bytes(&self) -> usize {
+        self.bulk.len() + 64
     }
+}
+
+/// The data of an entry that holds these commands.
+pub fn encode<'a>(proposals: impl IntoIterator<Item = &'a Proposal>) -> Bytes {
+    let mut out = BytesMut::new();
+    out.put_slice(&[VERSION, 0, 0, 0, 0, 0, 0, 0]);
+    let mut count = 0u32;
+    for proposal in proposals {
+        let head = postcard::to_stdvec(&proposal.command).expect("plain data encodes to memory");
+        out.reserve(8 + head.len() + proposal.bulk.len());
+        out.put_u32_le(head.len() as u32);
+        out.put_u32_le(proposal.bulk.len() as u32);
+        out.put_slice(&head);
+        out.put_slice(&proposal.bulk);
+        count += 1;
+    }
+    out[4..PREFIX].copy_from_slice(&count.to_le_bytes());
+    out.freeze()
+}
+
+/// The commands of an entry, each with where its bulk begins.
+pub fn decode(data: &Bytes) -> Result<Vec<(Proposal, usize)>, String> {
+    let prefix = data.get(..PREFIX).ok_or("entry is shorter than its prefix")?;
+    if prefix[0] != VERSION {
+        return Err(format!("entry has version {}; this build reads {VERSION}", prefix[0]));
+    }
+    let u32_at = |at: usize| {
+        let bytes = data.get(at..at + 4).ok_or("entry is cut short")?;
+        Ok::<_, String>(u32::from_le_bytes(bytes.try_into().expect("4 bytes")) as usize)
+    };
+    let mut proposals = vec![];
+    let mut at = PREFIX;
+    for _ in 0..u32_at(4)? {
+        let (head_bytes, bulk_bytes) = (u32_at(at)?, u32_at(at + 4)?);
+        let bulk_at = at + 8 + head_bytes;
+        let head = data.get(at + 8..bulk_at).ok_or("entry is shorter than a head")?;
+        let command = postcard::from_bytes(head).map_err(|e| format!("a head: {e}"))?;
+        at = bulk_at + bulk_bytes;
+        if at > data.len() {
+            return Err("entry is shorter than a bulk".into());
+        }
+        proposals.push((Proposal { command, bulk: data.slice(bulk_at..at) }, bulk_at));
+    }
+    if at != data.len() {
+        return Err("entry has bytes behind its last command".into());
+    }
+    Ok(proposals)
 }

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-/// A replica's own trouble. All of it stops the replica; none loses what was acknowledged.
+/// A replica's own trouble. But for [`Error::Full`] all of it stops the replica; none loses
+/// what was acknowledged.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file system refused.
@@ -15,9 +16,17 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// No room for the next segment. Nothing was written; it can be tried again.
+    #[error("no room for {path}: {needed} bytes are needed. Free some, or delete recordings; appends go on then")]
+    Full {
+        /// The segment.
+        path: PathBuf,
+        /// Bytes that must be free.
+        needed: u64,
+    },
     /// Bytes below the fsynced mark have changed.
     #[error(
-        "{path} is corrupt at byte {offset}: {what}. Restore this replica's directory from a copy; the other replicas go on without it"
+        "{path} is corrupt at byte {offset}: {what}. The other replicas go on without this one: replace it by `heddle replica remove` and `heddle replica add` with an empty directory"
     )]
     Corrupt {
         /// The file.
@@ -26,6 +35,16 @@ pub enum Error {
         offset: u64,
         /// What is wrong.
         what: String,
+    },
+    /// A file of another version.
+    #[error("{path} has format version {found}; this build reads {known}")]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+        /// Ours.
+        known: u32,
     },
     /// The directory belongs to another replica, cluster or version.
     #[error("{path}: {what}")]
@@ -38,9 +57,27 @@ pub enum Error {
     /// sled.
     #[error("catalog: {0}")]
     Catalog(#[from] sled::Error),
+    /// A row of the catalog that does not decode.
+    #[error("catalog: {0}; stop the replica and remove its `catalog` directory: it is rebuilt")]
+    Row(String),
     /// raft-rs.
     #[error("raft: {0}")]
     Raft(#[from] raft::Error),
+    /// The replica has stopped.
+    #[error("the replica has stopped")]
+    Stopped,
+}
+
+impl Error {
+    /// Whether the file system has no room.
+    pub fn is_no_space(&self) -> bool {
+        let full = [std::io::ErrorKind::StorageFull, std::io::ErrorKind::QuotaExceeded];
+        match self {
+            Error::Full { .. } => true,
+            Error::Io { source, .. } => full.contains(&source.kind()),
+            _ => false,
+        }
+    }
 }
 
 /// Attaches the file and the attempt to an I/O error.

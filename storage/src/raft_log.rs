@@ -1,71 +1,143 @@
-//! Raft's log over the journal: an index of positions, and the newest entries in memory.
+//! A group's Raft log over the journal: where each entry lies, and the newest in memory.
 
 use crate::error::Error;
-use crate::journal::{Frame, FrameKind, Journal, JournalReader, Location};
+use crate::journal::{Frame, FrameKind, Location, Segments};
 use bytes::Bytes;
 use raft::eraftpb::{ConfState, Entry, EntryType, HardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError, util};
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 
-/// Newest entries kept in memory, in bytes: what followers and apply read is there.
-const CACHE_BYTES_MAX: usize = 32 << 20;
-
-/// One Raft group's log. Nothing is truncated yet: the first index is 1.
+/// One group's log, from the first entry that is not truncated on.
 #[derive(Debug)]
 pub struct RaftLog {
-    reader: JournalReader,
+    segments: Segments,
     hard_state: HardState,
     conf_state: ConfState,
-    /// By index - 1.
-    places: Vec<Place>,
-    cache: VecDeque<Entry>,
-    cache_bytes: usize,
+    /// Index and term of the entry before the first.
+    before: (u64, u64),
+    slots: VecDeque<Slot>,
+    /// Entries below it are not in memory.
+    cached_from: u64,
+    cached_bytes: usize,
+    cache_bytes_max: usize,
+    /// What a follower that lags too far can be sent: index, term and members.
+    offer: Option<(u64, u64, ConfState)>,
+    /// A follower needs a newer one.
+    is_asked: Cell<bool>,
+    /// An entry that could not be read.
+    failed: RefCell<Option<Error>>,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Place {
+#[derive(Clone, Debug)]
+struct Slot {
     term: u64,
     kind: FrameKind,
-    at: Location,
+    /// None until it is durable.
+    at: Option<Location>,
+    data: Option<Bytes>,
 }
 
 impl RaftLog {
-    /// The log of the frames in the journal, for a group of these `voters`.
-    pub fn open(dir: &std::path::Path, voters: &[u64]) -> Result<(RaftLog, Journal), Error> {
-        let mut places: Vec<Place> = vec![];
-        let mut hard_state = HardState::default();
-        let journal = Journal::open(dir, |frame, at| match frame.kind {
-            FrameKind::HardState => {
-                hard_state.term = frame.term;
-                hard_state.vote = frame.index;
-                let commit = frame.data.first_chunk::<8>();
-                hard_state.commit = commit.map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    /// An empty log behind `before`.
+    pub fn new(segments: Segments, before: (u64, u64), cache_bytes_max: usize) -> RaftLog {
+        RaftLog {
+            segments,
+            hard_state: HardState::default(),
+            conf_state: ConfState::default(),
+            before,
+            slots: VecDeque::new(),
+            cached_from: before.0 + 1,
+            cached_bytes: 0,
+            cache_bytes_max,
+            offer: None,
+            is_asked: Cell::new(false),
+            failed: RefCell::new(None),
+        }
+    }
+
+    /// Takes an entry that was found in the journal; it replaces what was there, and all behind.
+    pub fn found(&mut self, index: u64, term: u64, kind: FrameKind, at: Location) {
+        if index <= self.before.0 {
+            return;
+        }
+        let keep = (index - self.before.0 - 1) as usize;
+        // A gap can only be behind a snapshot that is not here: nothing of it counts.
+        if keep <= self.slots.len() {
+            self.slots.truncate(keep);
+            self.slots.push_back(Slot { term, kind, at: Some(at), data: None });
+            self.cached_from = self.last() + 1;
+        }
+    }
+
+    /// The log begins behind (index, term): what matches it stays, the rest goes.
+    pub fn begin_behind(&mut self, index: u64, term: u64) {
+        if index < self.before.0 {
+            return;
+        }
+        if self.term_at(index) == Some(term) {
+            self.truncate(index);
+        } else {
+            self.slots.clear();
+            self.before = (index, term);
+            (self.cached_from, self.cached_bytes) = (index + 1, 0);
+        }
+    }
+
+    /// Forgets entries up to `index`.
+    pub fn truncate(&mut self, index: u64) {
+        let Some(term) = self.term_at(index) else { return };
+        while self.before.0 < index {
+            if let Some(data) = self.slots.pop_front().and_then(|slot| slot.data) {
+                self.cached_bytes -= data.len();
             }
-            kind => {
-                // A later frame of the same index replaces it and all behind it.
-                places.truncate(frame.index.saturating_sub(1) as usize);
-                places.push(Place { term: frame.term, kind, at });
-            }
-        })?;
-        let conf_state = ConfState::from((voters.to_vec(), vec![]));
-        let reader = journal.reader();
-        let log = RaftLog { reader, hard_state, conf_state, places, cache: VecDeque::new(), cache_bytes: 0 };
-        Ok((log, journal))
+            self.before.0 += 1;
+        }
+        self.before.1 = term;
+        self.cached_from = self.cached_from.max(index + 1);
+    }
+
+    fn slot(&self, index: u64) -> Option<&Slot> {
+        self.slots.get(index.checked_sub(self.before.0 + 1)? as usize)
+    }
+
+    fn term_at(&self, index: u64) -> Option<u64> {
+        if index == self.before.0 {
+            return Some(self.before.1);
+        }
+        self.slot(index).map(|slot| slot.term)
     }
 
     /// The last index.
     pub fn last(&self) -> u64 {
-        self.places.len() as u64
+        self.before.0 + self.slots.len() as u64
     }
 
-    /// Where entry `index`'s data lies.
+    /// Index and term of the entry before the first.
+    pub fn before(&self) -> (u64, u64) {
+        self.before
+    }
+
+    /// Where entry `index`'s data lies, once it is durable.
     pub fn location(&self, index: u64) -> Option<Location> {
-        self.places.get((index as usize).checked_sub(1)?).map(|place| place.at)
+        self.slot(index)?.at
     }
 
-    /// Raises the commit index to what is known to have been applied.
-    pub fn raise_commit(&mut self, applied: u64) {
-        self.hard_state.commit = self.hard_state.commit.max(applied);
+    /// The segment of the first durable entry from `index` on.
+    pub fn segment_from(&self, index: u64) -> Option<u64> {
+        let skip = index.saturating_sub(self.before.0 + 1) as usize;
+        self.slots.iter().skip(skip).find_map(|slot| slot.at).map(|at| at.segment)
+    }
+
+    /// Bytes of the entries behind `index`.
+    pub fn bytes_behind(&self, index: u64) -> u64 {
+        let skip = index.saturating_sub(self.before.0) as usize;
+        self.slots.iter().skip(skip).filter_map(|slot| slot.at).map(|at| u64::from(at.bytes)).sum()
+    }
+
+    /// The hard state.
+    pub fn hard_state(&self) -> &HardState {
+        &self.hard_state
     }
 
     /// Follows what Raft wants persisted.
@@ -73,44 +145,76 @@ impl RaftLog {
         self.hard_state = hard_state;
     }
 
+    /// The members.
+    pub fn conf_state(&self) -> &ConfState {
+        &self.conf_state
+    }
+
     /// Follows a membership change.
     pub fn set_conf_state(&mut self, conf_state: ConfState) {
         self.conf_state = conf_state;
     }
 
-    /// Takes entries whose frames lie at `places`.
-    pub fn append(&mut self, entries: Vec<Entry>, places: &[Location]) {
-        for (entry, at) in entries.into_iter().zip(places) {
-            let keep = entry.index as usize - 1;
-            self.places.truncate(keep);
-            while self.cache.back().is_some_and(|last| last.index >= entry.index) {
-                self.cache_bytes -= self.cache.pop_back().map_or(0, |old| old.data.len());
+    /// What can be sent to a follower that lags too far.
+    pub fn set_offer(&mut self, offer: Option<(u64, u64, ConfState)>) {
+        self.offer = offer;
+    }
+
+    /// Whether a follower has asked for a snapshot since the last look.
+    pub fn take_asked(&self) -> bool {
+        self.is_asked.replace(false)
+    }
+
+    /// Why an entry could not be read, if one could not.
+    pub fn take_failed(&self) -> Option<Error> {
+        self.failed.take()
+    }
+
+    /// Takes entries that are about to be written.
+    pub fn append(&mut self, entries: Vec<Entry>) {
+        for entry in entries {
+            let Some(keep) = entry.index.checked_sub(self.before.0 + 1) else { continue };
+            while self.slots.len() as u64 > keep {
+                if let Some(data) = self.slots.pop_back().and_then(|slot| slot.data) {
+                    self.cached_bytes -= data.len();
+                }
             }
+            self.cached_from = self.cached_from.min(entry.index);
+            self.cached_bytes += entry.data.len();
             let kind = frame_kind(&entry);
-            self.places.push(Place { term: entry.term, kind, at: *at });
-            self.cache_bytes += entry.data.len();
-            self.cache.push_back(entry);
-            while self.cache_bytes > CACHE_BYTES_MAX && self.cache.len() > 1 {
-                self.cache_bytes -= self.cache.pop_front().map_or(0, |old| old.data.len());
-            }
+            self.slots.push_back(Slot { term: entry.term, kind, at: None, data: Some(entry.data) });
+        }
+    }
+
+    /// An entry is durable.
+    pub fn persisted(&mut self, index: u64, term: u64, at: Location) {
+        let before = self.before.0;
+        let slot = index.checked_sub(before + 1).and_then(|i| self.slots.get_mut(i as usize));
+        if let Some(slot) = slot.filter(|slot| slot.term == term) {
+            slot.at = Some(at);
+        }
+        while self.cached_bytes > self.cache_bytes_max && self.cached_from < self.last() {
+            let i = (self.cached_from - before - 1) as usize;
+            let Some(slot) = self.slots.get_mut(i).filter(|slot| slot.at.is_some()) else { break };
+            self.cached_bytes -= slot.data.take().map_or(0, |data| data.len());
+            self.cached_from += 1;
         }
     }
 
     fn entry(&self, index: u64) -> raft::Result<Entry> {
-        if let Some(first) = self.cache.front().map(|entry| entry.index)
-            && index >= first
-            && let Some(entry) = self.cache.get((index - first) as usize)
-        {
-            return Ok(entry.clone());
-        }
-        let place = self.places.get(index as usize - 1);
-        let place = place.ok_or(raft::Error::Store(StorageError::Unavailable))?;
-        let data = self.reader.read(place.at).map_err(|error| {
-            tracing::error!(%error, index, "can't read a Raft entry");
-            raft::Error::Store(StorageError::Other(Box::new(error)))
-        })?;
-        let mut entry = Entry { index, term: place.term, data, ..Entry::default() };
-        if place.kind == FrameKind::ConfChange {
+        let unavailable = || raft::Error::Store(StorageError::Unavailable);
+        let slot = self.slot(index).ok_or_else(unavailable)?;
+        let data = match (&slot.data, slot.at) {
+            (Some(data), _) => data.clone(),
+            // raft-rs panics at any other error; whoever runs it looks for what failed.
+            (None, Some(at)) => self.segments.read(at).map_err(|error| {
+                self.failed.replace(Some(error));
+                raft::Error::Store(StorageError::LogTemporarilyUnavailable)
+            })?,
+            (None, None) => return Err(unavailable()),
+        };
+        let mut entry = Entry { index, term: slot.term, data, ..Entry::default() };
+        if slot.kind == FrameKind::ConfChange {
             entry.set_entry_type(EntryType::EntryConfChangeV2);
         }
         Ok(entry)
@@ -122,14 +226,20 @@ fn frame_kind(entry: &Entry) -> FrameKind {
 }
 
 /// The frame that makes an entry durable.
-pub fn entry_frame(group: u64, entry: &Entry) -> Frame {
+pub fn entry_frame(group: u32, entry: &Entry) -> Frame {
     Frame { kind: frame_kind(entry), group, term: entry.term, index: entry.index, data: entry.data.clone() }
 }
 
 /// The frame that makes a hard state durable.
-pub fn hard_state_frame(group: u64, hard_state: &HardState) -> Frame {
+pub fn hard_state_frame(group: u32, hard_state: &HardState) -> Frame {
     let data = Bytes::copy_from_slice(&hard_state.commit.to_le_bytes());
     Frame { kind: FrameKind::HardState, group, term: hard_state.term, index: hard_state.vote, data }
+}
+
+/// The hard state of a frame.
+pub fn hard_state_of(frame: &Frame) -> HardState {
+    let commit = frame.data.first_chunk::<8>().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    HardState { term: frame.term, vote: frame.index, commit, ..HardState::default() }
 }
 
 impl Storage for RaftLog {
@@ -144,7 +254,10 @@ impl Storage for RaftLog {
         max_size: impl Into<Option<u64>>,
         _: GetEntriesContext,
     ) -> raft::Result<Vec<Entry>> {
-        if high > self.last() + 1 || low == 0 {
+        if low <= self.before.0 {
+            return Err(raft::Error::Store(StorageError::Compacted));
+        }
+        if high > self.last() + 1 {
             return Err(raft::Error::Store(StorageError::Unavailable));
         }
         let max_size = max_size.into();
@@ -163,23 +276,32 @@ impl Storage for RaftLog {
     }
 
     fn term(&self, index: u64) -> raft::Result<u64> {
-        if index == 0 {
-            return Ok(0);
+        if index < self.before.0 {
+            return Err(raft::Error::Store(StorageError::Compacted));
         }
-        let place = self.places.get(index as usize - 1);
-        place.map(|place| place.term).ok_or(raft::Error::Store(StorageError::Unavailable))
+        self.term_at(index).ok_or(raft::Error::Store(StorageError::Unavailable))
     }
 
     fn first_index(&self) -> raft::Result<u64> {
-        Ok(1)
+        Ok(self.before.0 + 1)
     }
 
     fn last_index(&self) -> raft::Result<u64> {
         Ok(self.last())
     }
 
-    fn snapshot(&self, _: u64, _: u64) -> raft::Result<Snapshot> {
-        // Never needed: the whole log is there, so a follower catches up by it.
+    fn snapshot(&self, request_index: u64, _: u64) -> raft::Result<Snapshot> {
+        if let Some((index, term, conf)) = &self.offer
+            && *index >= request_index
+            && *index >= self.before.0
+        {
+            let mut snapshot = Snapshot::default();
+            let metadata = snapshot.mut_metadata();
+            (metadata.index, metadata.term) = (*index, *term);
+            metadata.set_conf_state(conf.clone());
+            return Ok(snapshot);
+        }
+        self.is_asked.set(true);
         Err(raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable))
     }
 }

@@ -3,16 +3,12 @@
 //! New chunks wait beside the old until all are there; then they take their place in
 //! one step. The first names the last of the old, so the chain leads on from there.
 
-use crate::apply::{Entry, Outcome, Refusal};
-use crate::catalog::{Chain, Key, RecordingState};
+use crate::apply::{Entry, Outcome, Refusal, refused};
+use crate::schema::{Chain, Key, RecordingState, chunks_of};
 use crate::error::Error;
 use heddle_proto::{Hash, RecordingId};
 
-fn refused(refusal: Refusal) -> Result<Outcome, Error> {
-    Ok(Outcome::Refused(refusal))
-}
-
-impl Entry<'_> {
+impl Entry<'_, '_> {
     /// Takes a new chunk. The first begins it all anew: another writer may have stopped midway.
     pub(crate) fn rewrite(&mut self, id: RecordingId, epoch: u64) -> Result<Outcome, Error> {
         let mut row = match self.writable(id, epoch)? {
@@ -39,15 +35,14 @@ impl Entry<'_> {
         }
         // Only now: a refused command changes nothing.
         if is_begun_anew {
-            for key in self.catalog.chunk_rows_with(b'w', id, self.changes)?.into_keys() {
-                self.changes.delete(key);
+            for (key, page) in self.rows.scan(Key::span_of(self.group, b'w', &id.0))? {
+                self.rows.drop_row(key, &page)?;
             }
         }
-        self.put_chunk(Key::rewritten(id, header.first_event), &header, chunk_id);
-        new.push(&header, chunk_id, self.bulk.len());
+        self.push_chunk(b'w', id, &mut new, &header, chunk_id)?;
         let events = new.events;
         row.rewriting = Some(new);
-        self.changes.put(Key::recording(id), &row);
+        self.rows.put(&Key::recording(self.group, id), &row);
         Ok(Outcome::Committed { events })
     }
 
@@ -76,21 +71,23 @@ impl Entry<'_> {
         if !is_whole || row.chain.last_chunk != old || new.last_chunk != last {
             return refused(Refusal::Conflict("the chunks written anew are not the recording's".into()));
         }
-        let waiting = self.catalog.chunk_rows_with(b'w', id, self.changes)?;
-        let held: u64 = waiting.values().map(|chunk| u64::from(chunk.events)).sum();
-        if waiting.len() as u64 != new.chunks || held != row.chain.events {
+        let waiting = self.rows.scan(Key::span_of(self.group, b'w', &id.0))?;
+        let held: u64 = waiting.iter().flat_map(|(_, page)| chunks_of(page)).map(|c| u64::from(c.events)).sum();
+        let count = waiting.iter().flat_map(|(_, page)| chunks_of(page)).count();
+        if count as u64 != new.chunks || held != row.chain.events {
             return refused(Refusal::Conflict("some of the chunks written anew are not there".into()));
         }
-        for key in self.catalog.chunk_rows_with(b'c', id, self.changes)?.into_keys() {
-            self.changes.delete(key);
+        for (key, page) in self.rows.scan(Key::span_of(self.group, b'c', &id.0))? {
+            self.rows.drop_row(key, &page)?;
         }
-        for (key, chunk) in waiting {
-            self.changes.put(key.clone().adopted(), &chunk);
-            self.changes.delete(key);
+        for (key, page) in waiting {
+            let first = chunks_of(&page).next().map_or(0, |chunk| chunk.first_event);
+            self.rows.remove(key);
+            self.rows.put_raw(Key::page(self.group, b'c', id, first).0, page);
         }
         row.rewritten_from = old;
         row.chain = new;
-        self.changes.put(Key::recording(id), &row);
+        self.rows.put(&Key::recording(self.group, id), &row);
         Ok(Outcome::Done)
     }
 }

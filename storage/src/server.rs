@@ -1,10 +1,11 @@
 //! A replica as a server: its directory, its thread, its services.
 
-use crate::catalog::Catalog;
 use crate::channel::MESSAGE_BYTES_MAX;
+use crate::client::StoreClient;
+use crate::core::{CoreConfig, Input};
 use crate::error::{Error, IoContext};
-use crate::raft_log::RaftLog;
-use crate::replica::{Handle, Input, ReplicaLoop};
+use crate::mend::Reader;
+use crate::replica::{self, Handle};
 use crate::service::StoreService;
 use crate::transport::{KnownPeers, Outbound, TransportService};
 use heddle_proto::v1::log_store_server::LogStoreServer;
@@ -31,9 +32,17 @@ pub struct ReplicaConfig {
     pub cluster: u64,
     /// Its directory.
     pub dir: PathBuf,
-    /// All replicas' addresses, its own included.
+    /// The replicas' addresses, its own included: all of a new cluster, and any later.
     pub peers: BTreeMap<u64, String>,
+    /// Shards of a new cluster that hold recordings and blocks.
+    pub shards: u32,
+    /// It comes to a cluster that is there: it votes once that has taken it in.
+    pub joins: bool,
 }
+
+const IDENTITY_VERSION: u32 = 2;
+/// Most shards of a cluster.
+pub const SHARDS_MAX: u32 = 1024;
 
 /// What a directory says it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,8 +50,10 @@ struct Identity {
     version: u32,
     cluster: u64,
     replica: u64,
-    /// Who voted when the cluster was created: it can't change by a flag.
+    /// Who votes in a new cluster; none in a replica that joined. Later members are in the groups.
     voters: Vec<u64>,
+    /// Shards of the cluster, but for shard 0: fixed when it was created.
+    shards: u32,
     /// Minted with the directory. Peers remember it, so that a directory that was
     /// wiped does not come back under its old id and vote on what it forgot.
     incarnation: u64,
@@ -54,7 +65,8 @@ pub struct Replica {
     cluster: u64,
     id: u64,
     handle: Handle,
-    thread: JoinHandle<()>,
+    threads: Vec<JoinHandle<()>>,
+    groups: u32,
     /// Why it stopped, once it has.
     stopped: watch::Receiver<Option<String>>,
     known: Arc<KnownPeers>,
@@ -65,40 +77,55 @@ impl Replica {
     /// Opens the directory and starts the replica's thread. Needs a tokio runtime.
     pub fn start(config: ReplicaConfig) -> Result<Replica, Error> {
         let lock = lock(&config.dir)?;
-        let Identity { voters, incarnation, .. } = check_identity(&config)?;
-        let known = KnownPeers::open(&config.dir)?;
-        let (log, journal) = RaftLog::open(&config.dir.join("journal"), &voters)?;
-        let catalog = Catalog::open(&config.dir.join("catalog"), log.last())?;
-        let (sender, inputs) = std::sync::mpsc::channel();
-        let handle = Handle::new(sender);
-        let outbound = Outbound::start(config.cluster, (config.id, incarnation), &config.peers, &handle);
+        let Identity { voters, incarnation, shards, .. } = check_identity(&config)?;
+        let known = Arc::new(KnownPeers::open(&config.dir)?);
+        let groups = shards + 1;
+        let opened =
+            replica::open(&config.dir, CoreConfig::new(config.id, rand::random()), groups, &voters)?;
+        let handle = opened.handle();
+        let addresses: Vec<String> = config.peers.values().cloned().collect();
+        let outbound =
+            Outbound::new(config.cluster, (config.id, incarnation), config.peers, handle.clone());
+        outbound.update(&opened.catalog().members()?);
+        let known_addresses = outbound.addresses();
+        let (stopping, stopped) = watch::channel(None);
+        let started = opened.start(outbound, move |why| {
+            // The first reason is the reason.
+            stopping.send_if_modified(|known| {
+                let is_first = known.is_none();
+                known.get_or_insert(why.clone());
+                is_first
+            });
+        });
+        let (shared, threads) = started.at("start the threads for", &config.dir)?;
+        let reader = Reader {
+            cluster: config.cluster,
+            me: config.id,
+            addresses: known_addresses.clone(),
+            catalog: shared.catalog.clone(),
+            segments: shared.segments.clone(),
+            writer: shared.writer,
+            replica: shared.handle.clone(),
+        };
         let service = StoreService {
-            replica: handle.clone(),
-            catalog: catalog.clone(),
-            journal: journal.reader(),
-            peers: Arc::new(config.peers),
+            me: config.id,
+            cluster: config.cluster,
+            shards,
+            replica: shared.handle,
+            catalog: shared.catalog,
+            reader,
+            addresses: known_addresses,
+            peers: StoreClient::new(addresses),
             budget: StoreService::new_budget(),
         };
-        let replica = ReplicaLoop::new(config.id, log, journal, catalog, outbound)?;
-        let (stopping, stopped) = watch::channel(None);
-        let thread = std::thread::Builder::new().name("raft".into()).spawn(move || {
-            let why = match replica.run(inputs) {
-                Ok(()) => "asked to".to_string(),
-                Err(error) => {
-                    tracing::error!(%error, "the replica stops");
-                    error.to_string()
-                }
-            };
-            let _ = stopping.send(Some(why));
-        });
-        let thread = thread.at("start the thread for", &config.dir)?;
-        let known = Arc::new(known);
+        tokio::spawn(service.clone().reconcile_all());
         Ok(Replica {
             service,
             cluster: config.cluster,
             id: config.id,
             handle,
-            thread,
+            threads,
+            groups,
             stopped,
             known,
             _lock: lock,
@@ -115,8 +142,13 @@ impl Replica {
             me: self.id,
             replica: self.handle.clone(),
             known: self.known.clone(),
+            catalog: self.service.catalog.clone(),
+            segments: self.service.reader.segments.clone(),
+            groups: self.groups,
         };
-        let transport = RaftTransportServer::new(transport).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let transport = RaftTransportServer::new(transport)
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX);
         move |router| router.add_service(store).add_service(transport)
     }
 
@@ -129,10 +161,12 @@ impl Replica {
         }
     }
 
-    /// Stops the thread and waits for it.
+    /// Stops the threads and waits for them.
     pub fn stop(self) {
         self.handle.send(Input::Stop);
-        let _ = self.thread.join();
+        for thread in self.threads {
+            let _ = thread.join();
+        }
     }
 }
 
@@ -150,27 +184,40 @@ fn lock(dir: &Path) -> Result<File, Error> {
 }
 
 fn check_identity(config: &ReplicaConfig) -> Result<Identity, Error> {
-    let voters: Vec<u64> = config.peers.keys().copied().collect();
     let path = config.dir.join("identity.json");
     let bad = |what: String| Error::Identity { path: path.clone(), what };
-    let mut mine = Identity {
-        version: 1,
-        cluster: config.cluster,
-        replica: config.id,
-        voters,
-        incarnation: rand::random(),
-    };
     if !path.exists() {
+        if !(1..=SHARDS_MAX).contains(&config.shards) {
+            return Err(bad(format!("a cluster has 1 to {SHARDS_MAX} shards, not {}", config.shards)));
+        }
+        let voters = if config.joins { vec![] } else { config.peers.keys().copied().collect() };
+        let mine = Identity {
+            version: IDENTITY_VERSION,
+            cluster: config.cluster,
+            replica: config.id,
+            voters,
+            shards: config.shards,
+            incarnation: rand::random(),
+        };
         write_synced(&config.dir, &path, &serde_json::to_vec(&mine).unwrap_or_default())?;
         return Ok(mine);
     }
     let bytes = fs::read(&path).at("read", &path)?;
-    let found: Identity = serde_json::from_slice(&bytes).map_err(|error| bad(error.to_string()))?;
-    mine.incarnation = found.incarnation;
-    if found != mine {
-        return Err(bad(format!("the directory is of {found:?}, this is {mine:?}")));
+    let found: Identity = serde_json::from_slice(&bytes).map_err(|error| {
+        bad(format!("{error}; it is of another version, or damaged: replace this replica"))
+    })?;
+    if found.version != IDENTITY_VERSION {
+        let what = format!("has version {}; this build reads {IDENTITY_VERSION}", found.version);
+        return Err(bad(what));
     }
-    Ok(mine)
+    if (found.cluster, found.replica) != (config.cluster, config.id) {
+        let (cluster, id) = (found.cluster, found.replica);
+        return Err(bad(format!(
+            "the directory is of replica {id} of cluster {cluster:x}, not {} of {:x}",
+            config.id, config.cluster
+        )));
+    }
+    Ok(found)
 }
 
 /// Writes a small file whole or not at all.

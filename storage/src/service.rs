@@ -1,53 +1,62 @@
 //! The gRPC service: checks requests, proposes commands, answers reads.
 
 use crate::apply::{Outcome, Refusal};
-use crate::catalog::{BlockRow, Catalog, Key, RecordingRow, RecordingState};
-use crate::command::{BULK_BYTES_MAX, Command};
+use crate::catalog::Catalog;
+use crate::command::{BULK_BYTES_MAX, Command, Proposal};
 use crate::error::Error;
-use crate::journal::{DATA_BYTES_MAX, JournalReader};
-use crate::replica::{Answer, Handle, Input, NotDone};
+use crate::group::{Answer, NotDone};
+use crate::mend::Reader;
+use crate::client::StoreClient;
+use crate::placement::{block_shard, placement};
+use crate::replica::Handle;
+use crate::schema::{BlockRow, Key, RecordingRow, RecordingState, Wish};
+use crate::transport::Addresses;
 use bytes::Bytes;
 use heddle_proto::compress::{compress, decompress};
 use heddle_proto::manifest::MANIFEST_BYTES_MAX;
 use heddle_proto::v1::log_store_server::LogStore;
-use heddle_proto::{Chunk, Hash, RecordingId, v1};
-use std::collections::BTreeMap;
+use heddle_proto::{Hash, RecordingId, v1};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tokio_stream::StreamExt;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 /// Bytes that may be in the process between arrival and answer, over all writers.
 const BUDGET_BYTES: usize = 128 << 20;
-/// Bytes one writer may have in flight: the credit that the store grants.
-const CREDIT_BYTES: u64 = 16 << 20;
-/// Chunks one append stream may have in flight.
-const IN_FLIGHT: usize = 256;
 /// Largest block, decompressed.
 pub const BLOCK_BYTES_MAX: usize = 1 << 20;
 /// A read that lost its leader is asked again for so long.
-const READ_PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const READ_PATIENCE: Duration = Duration::from_secs(5);
 /// The metadata key that names the leader's address.
 pub const LEADER_KEY: &str = "heddle-leader";
+/// A deletion waits so long for its blocks to be let go; the rest is done behind it.
+const DELETE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The store as seen by clients of this replica.
 #[derive(Clone)]
 pub struct StoreService {
+    /// This replica.
+    pub me: u64,
+    /// The cluster's id.
+    pub cluster: u64,
+    /// How many shards hold recordings and blocks.
+    pub shards: u32,
     /// The Raft loop.
     pub replica: Handle,
     /// Rows.
     pub catalog: Catalog,
     /// Bytes.
-    pub journal: JournalReader,
+    pub reader: Reader,
     /// Addresses by replica.
-    pub peers: Arc<BTreeMap<u64, String>>,
+    pub addresses: Arc<Addresses>,
+    /// A client of the store itself, for what another shard's leader must do.
+    pub peers: StoreClient,
     /// The byte budget.
     pub budget: Arc<Semaphore>,
 }
 
-type ReplyStream<T> = ReceiverStream<Result<T, Status>>;
+pub(crate) type ReplyStream<T> = ReceiverStream<Result<T, Status>>;
 
 impl StoreService {
     /// A full byte budget.
@@ -55,24 +64,23 @@ impl StoreService {
         Arc::new(Semaphore::new(BUDGET_BYTES))
     }
 
-    async fn propose(&self, command: Command, bulk: &[u8]) -> Result<Outcome, Status> {
+    pub(crate) async fn propose(&self, group: u32, command: Command, bulk: Bytes) -> Result<Outcome, Status> {
         let _permit = self.reserve(bulk.len()).await?;
-        let data = command.encode(bulk);
-        if data.len() > DATA_BYTES_MAX {
-            let what = format!("the request has {} bytes; at most {DATA_BYTES_MAX}", data.len());
+        if bulk.len() > BULK_BYTES_MAX {
+            let what = format!("the request has {} bytes; at most {BULK_BYTES_MAX}", bulk.len());
             return Err(Status::invalid_argument(what));
         }
-        let answer = self.replica.propose(data).await;
+        let answer = self.replica.propose(group, Proposal { command, bulk }).await;
         self.outcome(answer)
     }
 
-    async fn reserve(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Status> {
+    pub(crate) async fn reserve(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Status> {
         let permits = u32::try_from(bytes.max(1)).unwrap_or(u32::MAX);
         let permit = self.budget.clone().acquire_many_owned(permits).await;
         permit.map_err(|_| Status::unavailable("the store is stopping"))
     }
 
-    fn outcome(&self, answer: Answer) -> Result<Outcome, Status> {
+    pub(crate) fn outcome(&self, answer: Answer) -> Result<Outcome, Status> {
         match answer {
             Ok(Outcome::Refused(refusal)) => Err(refusal_status(refusal)),
             Ok(outcome) => Ok(outcome),
@@ -80,47 +88,62 @@ impl StoreService {
         }
     }
 
-    fn not_done(&self, not_done: NotDone) -> Status {
+    pub(crate) fn not_done(&self, not_done: NotDone) -> Status {
         match not_done {
             NotDone::NotLeader(leader) => {
                 let mut status = Status::unavailable("this replica is not the leader");
-                if let Some(address) = self.peers.get(&leader).and_then(|a| a.parse().ok()) {
+                if let Some(address) = self.addresses.get(leader).and_then(|a| a.parse().ok()) {
                     status.metadata_mut().insert(LEADER_KEY, address);
                 }
                 status
             }
             NotDone::Retry => Status::unavailable("leadership is changing: ask again"),
+            NotDone::Full => Status::resource_exhausted(
+                "the store's disk has no room for more: free some, or delete recordings",
+            ),
             NotDone::Stopped => Status::unavailable("this replica has stopped"),
         }
     }
 
-    /// Waits until all that was committed is applied here.
-    async fn read_index(&self) -> Result<(), Status> {
-        let patience = tokio::time::Instant::now() + READ_PATIENCE;
-        loop {
-            match self.replica.read_index().await {
-                Ok(()) => return Ok(()),
-                Err(NotDone::Retry) if tokio::time::Instant::now() < patience => {}
-                Err(other) => return Err(self.not_done(other)),
-            }
+    /// The shard of a recording. One that is not placed yet is, if `is_new`.
+    pub(crate) async fn shard_of(&self, id: RecordingId, is_new: bool) -> Result<u32, Status> {
+        let look = || self.catalog.get::<u32>(&Key::placed(id)).map_err(internal);
+        if let Some(shard) = look()? {
+            return Ok(shard);
         }
+        if is_new {
+            return self.peers.place(id).await.map_err(|error| Status::unavailable(error.to_string()));
+        }
+        // It may be committed and not applied here.
+        self.read_index(0).await?;
+        look()?.ok_or_else(|| Status::not_found(format!("no recording {id}")))
     }
 
-    fn row(&self, id: RecordingId) -> Result<v1::RecordingRow, Status> {
-        let row = self.catalog.get(&Key::recording(id)).map_err(internal)?;
-        let row: RecordingRow = row.ok_or_else(|| Status::not_found(format!("no recording {id}")))?;
-        self.describe(id, row)
+    /// A group's number as a request has it.
+    fn shard(&self, shard: u32) -> Result<u32, Status> {
+        let is_one = (1..=self.shards).contains(&shard);
+        is_one.then_some(shard).ok_or_else(|| {
+            Status::invalid_argument(format!("there is no shard {shard}; there are {}", self.shards))
+        })
     }
 
-    fn describe(&self, id: RecordingId, row: RecordingRow) -> Result<v1::RecordingRow, Status> {
-        let snapshots = self.catalog.snapshots(id).map_err(internal)?;
+    pub(crate) fn recording_row(&self, shard: u32, id: RecordingId) -> Result<RecordingRow, Status> {
+        let row = self.catalog.get::<RecordingRow>(&Key::recording(shard, id)).map_err(internal)?;
+        row.filter(|row| row.state != RecordingState::Deleted)
+            .ok_or_else(|| Status::not_found(format!("no recording {id}")))
+    }
+
+    async fn describe(&self, shard: u32, id: RecordingId, row: RecordingRow) -> Result<v1::RecordingRow, Status> {
+        let snapshots = self.catalog.snapshots(shard, id).map_err(internal)?;
+        let key = Key::recording(shard, id);
         Ok(v1::RecordingRow {
             recording: id.to_vec().into(),
-            manifest: self.journal.read(row.manifest).map_err(internal)?,
+            manifest: self.reader.read(&key.0, row.manifest).await.map_err(internal)?,
             state: match row.state {
                 RecordingState::Recording => "recording",
                 RecordingState::Sealed => "sealed",
                 RecordingState::Cut => "cut",
+                RecordingState::Deleted => "deleted",
             }
             .into(),
             committed_events: row.chain.events,
@@ -144,15 +167,17 @@ impl StoreService {
         })
     }
 
-    fn block(&self, hash: Hash) -> Result<v1::Block, Status> {
-        let row: Option<BlockRow> = self.catalog.get(&Key::block(hash)).map_err(internal)?;
+    pub(crate) async fn block(&self, hash: Hash) -> Result<v1::Block, Status> {
+        let shard = block_shard(hash, self.shards);
+        let key = Key::block(shard, hash);
+        let row: Option<BlockRow> = self.catalog.get(&key).map_err(internal)?;
         let row = row.ok_or_else(|| Status::not_found(format!("no block {hash}")))?;
-        let data = self.journal.read(row.at).map_err(internal)?;
+        let data = self.reader.read(&key.0, row.at).await.map_err(internal)?;
         Ok(v1::Block { hash: hash.to_vec().into(), data })
     }
 }
 
-fn internal(error: Error) -> Status {
+pub(crate) fn internal(error: Error) -> Status {
     tracing::error!(%error, "a read failed");
     Status::data_loss(error.to_string())
 }
@@ -164,15 +189,16 @@ fn refusal_status(refusal: Refusal) -> Status {
         Refusal::Gap { events } => Status::out_of_range(events.to_string()),
         Refusal::Sealed => Status::failed_precondition("SEALED: the recording has ended"),
         Refusal::NotFound => Status::not_found("no such recording"),
+        Refusal::BeingDeleted => Status::unavailable("its deletion is going on: ask again"),
         Refusal::Invalid(what) => Status::invalid_argument(what),
     }
 }
 
-fn recording_id(bytes: &[u8]) -> Result<RecordingId, Status> {
+pub(crate) fn recording_id(bytes: &[u8]) -> Result<RecordingId, Status> {
     RecordingId::from_slice(bytes).map_err(|error| Status::invalid_argument(error.to_string()))
 }
 
-fn hash(bytes: &[u8]) -> Result<Hash, Status> {
+pub(crate) fn hash(bytes: &[u8]) -> Result<Hash, Status> {
     Hash::from_slice(bytes).map_err(|error| Status::invalid_argument(error.to_string()))
 }
 
@@ -181,6 +207,7 @@ impl LogStore for StoreService {
     type AppendStream = ReplyStream<v1::AppendReply>;
     type ReadStream = ReplyStream<v1::ReadReply>;
     type GetBlocksStream = ReplyStream<v1::Block>;
+    type ScrubStream = ReplyStream<v1::ScrubReply>;
 
     async fn open(&self, request: Request<v1::OpenRequest>) -> Result<Response<v1::OpenReply>, Status> {
         let request = request.into_inner();
@@ -188,8 +215,9 @@ impl LogStore for StoreService {
         if request.manifest.len() > MANIFEST_BYTES_MAX || request.token.len() > 64 {
             return Err(Status::invalid_argument("manifest or token is too long"));
         }
+        let shard = self.shard_of(recording, !request.fence).await?;
         let command = Command::Open { recording, token: request.token.to_vec(), fence: request.fence };
-        match self.propose(command, &request.manifest).await? {
+        match self.propose(shard, command, request.manifest).await? {
             Outcome::Opened { epoch, events, last_chunk } => Ok(Response::new(v1::OpenReply {
                 epoch,
                 committed_events: events,
@@ -203,74 +231,21 @@ impl LogStore for StoreService {
         &self,
         request: Request<Streaming<v1::AppendRequest>>,
     ) -> Result<Response<Self::AppendStream>, Status> {
-        let mut requests = request.into_inner();
-        let (replies, stream) = mpsc::channel(IN_FLIGHT);
-        let (sender, mut proposed) =
-            mpsc::channel::<(oneshot::Receiver<Answer>, OwnedSemaphorePermit)>(IN_FLIGHT);
-        let service = self.clone();
-        let failed = replies.clone();
-        tokio::spawn(async move {
-            while let Some(request) = requests.next().await {
-                let step = async {
-                    let request = request?;
-                    let recording = recording_id(&request.recording)?;
-                    let permit = service.reserve(request.chunk.len()).await?;
-                    // Header, length and payload hash, before anything is proposed.
-                    let chunk = Chunk::parse(request.chunk)
-                        .map_err(|error| Status::invalid_argument(error.to_string()))?;
-                    let epoch = request.epoch;
-                    let command = match request.rewrites {
-                        false => Command::Append { recording, epoch },
-                        true => Command::Rewrite { recording, epoch },
-                    };
-                    let data = command.encode(&chunk.bytes);
-                    let (answer, receiver) = oneshot::channel();
-                    service.replica.send(Input::Propose(data, answer));
-                    Ok::<_, Status>((receiver, permit))
-                };
-                match step.await {
-                    Ok(pending) => {
-                        if sender.send(pending).await.is_err() {
-                            return;
-                        }
-                    }
-                    Err(status) => {
-                        let _ = failed.send(Err(status)).await;
-                        return;
-                    }
-                }
-            }
-        });
-        let service = self.clone();
-        tokio::spawn(async move {
-            while let Some((answer, permit)) = proposed.recv().await {
-                let answer = answer.await.unwrap_or(Err(NotDone::Stopped));
-                drop(permit);
-                let reply = service.outcome(answer).map(|outcome| match outcome {
-                    Outcome::Committed { events } => {
-                        v1::AppendReply { committed_events: events, credit_bytes: CREDIT_BYTES }
-                    }
-                    _ => v1::AppendReply::default(),
-                });
-                let is_error = reply.is_err();
-                if replies.send(reply).await.is_err() || is_error {
-                    return;
-                }
-            }
-        });
-        Ok(Response::new(ReceiverStream::new(stream)))
+        Ok(Response::new(self.append_stream(request.into_inner())))
     }
 
     async fn seal(&self, request: Request<v1::SealRequest>) -> Result<Response<v1::SealReply>, Status> {
         let r = request.into_inner();
+        let recording = recording_id(&r.recording)?;
+        let shard = self.shard_of(recording, false).await?;
         let command = Command::Seal {
-            recording: recording_id(&r.recording)?,
+            recording,
             epoch: r.epoch,
             events: r.events,
             last_chunk: hash(&r.last_chunk)?,
             cut: r.cut,
         };
-        match self.propose(command, &[]).await? {
+        match self.propose(shard, command, Bytes::new()).await? {
             Outcome::Committed { events } => Ok(Response::new(v1::SealReply { committed_events: events })),
             _ => Err(Status::internal("seal has another outcome")),
         }
@@ -280,7 +255,8 @@ impl LogStore for StoreService {
         let r = request.into_inner();
         let (recording, epoch) = (recording_id(&r.recording)?, r.epoch);
         let command = Command::Adopt { recording, epoch, old: hash(&r.old)?, new: hash(&r.new)? };
-        self.propose(command, &[]).await?;
+        let shard = self.shard_of(recording, false).await?;
+        self.propose(shard, command, Bytes::new()).await?;
         Ok(Response::new(v1::AdoptReply {}))
     }
 
@@ -290,97 +266,96 @@ impl LogStore for StoreService {
     ) -> Result<Response<v1::AddSnapshotReply>, Status> {
         let r = request.into_inner();
         let row = r.snapshot.ok_or_else(|| Status::invalid_argument("no snapshot given"))?;
-        let command = Command::AddSnapshot {
-            recording: recording_id(&r.recording)?,
-            epoch: r.epoch,
-            icount: row.icount,
-            event: row.event,
-            root: hash(&row.root)?,
-            digest: hash(&row.digest)?,
-        };
-        self.propose(command, &[]).await?;
+        let (recording, root) = (recording_id(&r.recording)?, hash(&row.root)?);
+        let shard = self.shard_of(recording, false).await?;
+        // What a recording owns stays until it is deleted, so this can't change before the entry.
+        let home = block_shard(root, self.shards);
+        let owns = || self.catalog.owns(home, root, recording).map_err(internal);
+        if !owns()? {
+            self.read_index(home).await?;
+            if !owns()? {
+                let what = "the snapshot's root block is not stored for this recording";
+                return Err(Status::invalid_argument(what));
+            }
+        }
+        let (icount, event, digest) = (row.icount, row.event, hash(&row.digest)?);
+        let command = Command::AddSnapshot { recording, epoch: r.epoch, icount, event, root, digest };
+        self.propose(shard, command, Bytes::new()).await?;
         Ok(Response::new(v1::AddSnapshotReply {}))
     }
 
     async fn delete(&self, request: Request<v1::DeleteRequest>) -> Result<Response<v1::DeleteReply>, Status> {
         let recording = recording_id(&request.into_inner().recording)?;
-        self.propose(Command::Delete { recording }, &[]).await?;
+        let shard = self.shard_of(recording, false).await?;
+        self.propose(shard, Command::Delete { recording }, Bytes::new()).await?;
+        // Deleted it is; its blocks go now, or later by whoever leads then.
+        let service = self.clone();
+        let letting_go = tokio::spawn(async move { service.reconcile(recording).await });
+        if let Ok(Ok(Err(status))) = tokio::time::timeout(DELETE_PATIENCE, letting_go).await {
+            tracing::debug!(%status, %recording, "its blocks are let go later");
+        }
         Ok(Response::new(v1::DeleteReply {}))
     }
 
     async fn list(&self, _: Request<v1::ListRequest>) -> Result<Response<v1::ListReply>, Status> {
-        self.read_index().await?;
-        let rows = self.catalog.recordings().map_err(internal)?;
-        let recordings: Result<Vec<_>, Status> =
-            rows.into_iter().map(|(id, row)| self.describe(id, row)).collect();
-        Ok(Response::new(v1::ListReply { recordings: recordings? }))
+        let mut waiting = tokio::task::JoinSet::new();
+        for shard in 1..=self.shards {
+            let service = self.clone();
+            waiting.spawn(async move { service.read_index(shard).await });
+        }
+        while let Some(ready) = waiting.join_next().await {
+            ready.map_err(|error| Status::internal(error.to_string()))??;
+        }
+        let mut recordings = vec![];
+        for shard in 1..=self.shards {
+            for (id, row) in self.catalog.recordings(shard).map_err(internal)? {
+                if row.state != RecordingState::Deleted {
+                    recordings.push(self.describe(shard, id, row).await?);
+                }
+            }
+        }
+        Ok(Response::new(v1::ListReply { recordings }))
     }
 
     async fn get(&self, request: Request<v1::GetRequest>) -> Result<Response<v1::RecordingRow>, Status> {
-        self.read_index().await?;
-        Ok(Response::new(self.row(recording_id(&request.into_inner().recording)?)?))
+        let id = recording_id(&request.into_inner().recording)?;
+        let shard = self.shard_of(id, false).await?;
+        self.read_index(shard).await?;
+        let row = self.recording_row(shard, id)?;
+        Ok(Response::new(self.describe(shard, id, row).await?))
     }
 
     async fn read(&self, request: Request<v1::ReadRequest>) -> Result<Response<Self::ReadStream>, Status> {
-        let r = request.into_inner();
-        let id = recording_id(&r.recording)?;
-        self.read_index().await?;
-        self.row(id)?;
-        let (replies, stream) = mpsc::channel(4);
-        let service = self.clone();
-        tokio::task::spawn_blocking(move || {
-            let mut from = r.from_event;
-            let to = if r.to_event == 0 { u64::MAX } else { r.to_event };
-            while from < to {
-                let rows = match service.catalog.chunks_from(id, from, 64) {
-                    Ok(rows) => rows,
-                    Err(error) => return drop(replies.blocking_send(Err(internal(error)))),
-                };
-                let before = from;
-                for (first, row) in rows.into_iter().filter(|(first, _)| *first < to) {
-                    let end = first + u64::from(row.events);
-                    if end <= from {
-                        continue;
-                    }
-                    from = end;
-                    let chunk = service.journal.read(row.at).map_err(internal).and_then(|bytes| {
-                        Chunk::parse(bytes).map_err(|error| {
-                            Status::data_loss(format!("chunk at event {first} of {id}: {error}"))
-                        })
-                    });
-                    let reply = chunk.map(|chunk| v1::ReadReply { chunk: chunk.bytes });
-                    let is_error = reply.is_err();
-                    if replies.blocking_send(reply).is_err() || is_error {
-                        return;
-                    }
-                }
-                if from == before {
-                    return;
-                }
-            }
-        });
-        Ok(Response::new(ReceiverStream::new(stream)))
+        self.read_stream(request.into_inner()).await.map(Response::new)
     }
 
-    async fn missing_blocks(
+    async fn pin_blocks(
         &self,
-        request: Request<v1::BlockHashes>,
+        request: Request<v1::PinRequest>,
     ) -> Result<Response<v1::BlockHashes>, Status> {
-        let mut missing = vec![];
-        for bytes in request.into_inner().hashes {
-            let key = Key::block(hash(&bytes)?);
-            if self.catalog.get::<BlockRow>(&key).map_err(internal)?.is_none() {
-                missing.push(bytes);
-            }
+        let r = request.into_inner();
+        let (shard, owner) = (self.shard(r.shard)?, recording_id(&r.owner)?);
+        let hashes: Result<Vec<Hash>, Status> = r.hashes.iter().map(|bytes| hash(bytes)).collect();
+        let hashes = hashes?;
+        if hashes.len() > PIN_MAX || hashes.iter().any(|hash| block_shard(*hash, self.shards) != shard) {
+            let what = format!("at most {PIN_MAX} hashes, all of shard {shard}");
+            return Err(Status::invalid_argument(what));
         }
-        Ok(Response::new(v1::BlockHashes { hashes: missing }))
+        match self.propose(shard, Command::Pin { owner, hashes }, Bytes::new()).await? {
+            Outcome::Wanted(wanted) => {
+                let hashes = r.hashes.into_iter().zip(wanted).filter(|(_, wanted)| *wanted);
+                Ok(Response::new(v1::BlockHashes { hashes: hashes.map(|(hash, _)| hash).collect() }))
+            }
+            _ => Err(Status::internal("pin has another outcome")),
+        }
     }
 
     async fn put_blocks(
         &self,
         request: Request<v1::PutBlocksRequest>,
     ) -> Result<Response<v1::PutBlocksReply>, Status> {
-        let blocks = request.into_inner().blocks;
+        let r = request.into_inner();
+        let (shard, owner, blocks) = (self.shard(r.shard)?, recording_id(&r.owner)?, r.blocks);
         let total: usize = blocks.iter().map(|block| block.data.len()).sum();
         if total > BULK_BYTES_MAX {
             return Err(Status::invalid_argument(format!(
@@ -391,6 +366,9 @@ impl LogStore for StoreService {
         let mut bulk = Vec::with_capacity(total);
         for block in blocks {
             let name = hash(&block.hash)?;
+            if block_shard(name, self.shards) != shard {
+                return Err(Status::invalid_argument(format!("block {name} is not of shard {shard}")));
+            }
             let raw = decompress(&block.data, BLOCK_BYTES_MAX).ok_or_else(|| {
                 Status::invalid_argument(format!(
                     "block {name} does not decompress to at most {BLOCK_BYTES_MAX} bytes"
@@ -402,7 +380,7 @@ impl LogStore for StoreService {
             rows.push((name, block.data.len() as u32, raw.len() as u32));
             bulk.extend_from_slice(&block.data);
         }
-        self.propose(Command::PutBlocks { blocks: rows }, &bulk).await?;
+        self.propose(shard, Command::PutBlocks { owner, blocks: rows }, bulk.into()).await?;
         Ok(Response::new(v1::PutBlocksReply {}))
     }
 
@@ -414,17 +392,21 @@ impl LogStore for StoreService {
             request.into_inner().hashes.iter().map(|bytes| hash(bytes)).collect();
         let hashes = hashes?;
         // A block that is not here yet may be committed and not applied.
-        let all_here = hashes
-            .iter()
-            .all(|hash| self.catalog.get::<BlockRow>(&Key::block(*hash)).is_ok_and(|row| row.is_some()));
-        if !all_here {
-            self.read_index().await?;
+        let mut missing = std::collections::BTreeSet::new();
+        for hash in &hashes {
+            let shard = block_shard(*hash, self.shards);
+            if self.catalog.raw(&Key::block(shard, *hash).0).map_err(internal)?.is_none() {
+                missing.insert(shard);
+            }
+        }
+        for shard in missing {
+            self.read_index(shard).await?;
         }
         let (replies, stream) = mpsc::channel(64);
-        let service = self.clone();
+        let (service, runtime) = (self.clone(), tokio::runtime::Handle::current());
         tokio::task::spawn_blocking(move || {
             for hash in hashes {
-                let block = service.block(hash);
+                let block = runtime.block_on(service.block(hash));
                 let is_error = block.is_err();
                 if replies.blocking_send(block).is_err() || is_error {
                     return;
@@ -439,7 +421,7 @@ impl LogStore for StoreService {
         request: Request<v1::MetaAcquireRequest>,
     ) -> Result<Response<v1::MetaAcquireReply>, Status> {
         let holder = request.into_inner().holder;
-        match self.propose(Command::MetaAcquire { holder }, &[]).await? {
+        match self.propose(0, Command::MetaAcquire { holder }, Bytes::new()).await? {
             Outcome::Epoch(epoch) => Ok(Response::new(v1::MetaAcquireReply { epoch })),
             _ => Err(Status::internal("acquire has another outcome")),
         }
@@ -463,7 +445,7 @@ impl LogStore for StoreService {
             return Err(Status::invalid_argument("rows are too long"));
         }
         let command = Command::MetaWrite { epoch: r.epoch, puts, deletes: r.deletes };
-        self.propose(command, &bulk).await?;
+        self.propose(0, command, bulk.into()).await?;
         Ok(Response::new(v1::MetaWriteReply {}))
     }
 
@@ -471,37 +453,139 @@ impl LogStore for StoreService {
         &self,
         request: Request<v1::MetaScanRequest>,
     ) -> Result<Response<v1::MetaScanReply>, Status> {
-        self.read_index().await?;
-        let rows = self.catalog.meta(&request.into_inner().prefix).map_err(internal)?;
-        let rows: Result<Vec<_>, Status> = rows
-            .into_iter()
-            .map(|(key, at)| Ok(v1::MetaRow { key, value: self.journal.read(at).map_err(internal)? }))
-            .collect();
-        Ok(Response::new(v1::MetaScanReply { rows: rows? }))
+        self.read_index(0).await?;
+        let mut rows = vec![];
+        for (key, at) in self.catalog.meta(&request.into_inner().prefix).map_err(internal)? {
+            let value = self.reader.read(&Key::meta(&key).0, at).await.map_err(internal)?;
+            rows.push(v1::MetaRow { key, value });
+        }
+        Ok(Response::new(v1::MetaScanReply { rows }))
     }
 
     async fn replicas(&self, _: Request<v1::ReplicasRequest>) -> Result<Response<v1::ReplicasReply>, Status> {
         let status = self.replica.status().await.ok_or_else(|| self.not_done(NotDone::Stopped))?;
-        let address = |id: &u64| self.peers.get(id).cloned().unwrap_or_default();
-        let me = v1::ReplicaRow {
-            id: status.id,
-            address: address(&status.id),
-            role: status.role.into(),
-            term: status.term,
-            committed: status.committed,
-            applied: status.applied,
-            journal_bytes: status.journal_bytes,
-        };
-        let peers = self.peers.iter().filter(|(id, _)| **id != status.id);
-        let peers = peers.map(|(id, address)| v1::ReplicaRow {
-            id: *id,
-            address: address.clone(),
+        let members = self.catalog.members().map_err(internal)?;
+        let row = |id: u64, address: String| v1::ReplicaRow {
+            id,
+            address,
+            wish: match members.get(&id).map(|row| row.wish) {
+                Some(Wish::Removed) => "removed",
+                Some(Wish::Drained) => "drained",
+                Some(Wish::Member) | None => "member",
+            }
+            .into(),
             ..Default::default()
-        });
-        Ok(Response::new(v1::ReplicasReply { me: Some(me), leader: status.leader, peers: peers.collect() }))
+        };
+        let addresses = self.addresses.all();
+        let mut me = row(status.id, addresses.get(&status.id).cloned().unwrap_or_default());
+        if let Some(meta) = status.groups.first() {
+            (me.role, me.term) = (meta.role.into(), meta.term);
+            (me.committed, me.applied) = (meta.committed, meta.applied);
+        }
+        me.journal_bytes = status.journal_bytes;
+        me.live_bytes = status.live_bytes;
+        me.full = status.is_full;
+        let leader = status.groups.first().map_or(0, |meta| meta.leader);
+        me.shards = status
+            .groups
+            .into_iter()
+            .map(|group| v1::ShardRow {
+                shard: group.group,
+                role: group.role.into(),
+                leader: group.leader,
+                term: group.term,
+                committed: group.committed,
+                applied: group.applied,
+                first: group.first,
+                voters: group.voters,
+                learners: group.learners,
+                fetching: group.is_fetching,
+            })
+            .collect();
+        let peers = addresses.into_iter().filter(|(id, _)| *id != status.id);
+        let peers = peers.map(|(id, address)| row(id, address)).collect();
+        let (cluster, shards) = (self.cluster, self.shards);
+        Ok(Response::new(v1::ReplicasReply { me: Some(me), leader, peers, cluster, shards }))
+    }
+
+    async fn set_member(
+        &self,
+        request: Request<v1::SetMemberRequest>,
+    ) -> Result<Response<v1::SetMemberReply>, Status> {
+        let r = request.into_inner();
+        let wish = match r.wish.as_str() {
+            "member" => Wish::Member,
+            "drained" => Wish::Drained,
+            "removed" => Wish::Removed,
+            other => return Err(Status::invalid_argument(format!("{other} is nothing a replica can be"))),
+        };
+        if r.id == 0 || r.address.len() > 1024 {
+            return Err(Status::invalid_argument("the id is zero, or the address too long"));
+        }
+        let command = Command::Member { id: r.id, address: r.address, wish };
+        self.propose(0, command, Bytes::new()).await?;
+        Ok(Response::new(v1::SetMemberReply {}))
+    }
+
+    async fn scrub(
+        &self,
+        request: Request<v1::ScrubRequest>,
+    ) -> Result<Response<Self::ScrubStream>, Status> {
+        let rate = request.into_inner().bytes_per_second;
+        let (reports, stream) = mpsc::channel(4);
+        let reader = self.reader.clone();
+        tokio::spawn(async move { crate::scrub::scrub(&reader, rate, &reports).await });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn place(&self, request: Request<v1::PlaceRequest>) -> Result<Response<v1::PlaceReply>, Status> {
+        let recording = recording_id(&request.into_inner().recording)?;
+        let shard = placement(recording, self.shards);
+        match self.propose(0, Command::Place { recording, shard }, Bytes::new()).await? {
+            Outcome::Placed(shard) => Ok(Response::new(v1::PlaceReply { shard })),
+            _ => Err(Status::internal("place has another outcome")),
+        }
+    }
+
+    async fn drop_owner(
+        &self,
+        request: Request<v1::DropOwnerRequest>,
+    ) -> Result<Response<v1::DropOwnerReply>, Status> {
+        let r = request.into_inner();
+        let (shard, owner) = (self.shard(r.shard)?, recording_id(&r.owner)?);
+        // Judged by what is committed: who is not deleted keeps what it refers to.
+        let home = self.shard_of(owner, false).await?;
+        self.read_index(home).await?;
+        let row = self.catalog.get::<RecordingRow>(&Key::recording(home, owner)).map_err(internal)?;
+        if row.is_none_or(|row| row.state != RecordingState::Deleted) {
+            return Err(Status::failed_precondition("the recording is not deleted"));
+        }
+        self.propose(shard, Command::DropOwner { owner }, Bytes::new()).await?;
+        Ok(Response::new(v1::DropOwnerReply {}))
+    }
+
+    async fn forget(&self, request: Request<v1::ForgetRequest>) -> Result<Response<v1::ForgetReply>, Status> {
+        let r = request.into_inner();
+        let recording = recording_id(&r.recording)?;
+        match r.step.as_str() {
+            "recording" => {
+                let shard = self.shard_of(recording, false).await?;
+                self.propose(shard, Command::Forget { recording }, Bytes::new()).await?;
+            }
+            "abandon" => {
+                let shard = self.shard_of(recording, true).await?;
+                self.propose(shard, Command::Abandon { recording }, Bytes::new()).await?;
+            }
+            _ => {
+                self.propose(0, Command::Unplace { recording }, Bytes::new()).await?;
+            }
+        }
+        Ok(Response::new(v1::ForgetReply {}))
     }
 }
 
+/// Hashes of one request to pin.
+pub const PIN_MAX: usize = 4096;
 /// The fastest: a snapshot's pages wait for it.
 const BLOCK_LEVEL: i32 = 1;
 

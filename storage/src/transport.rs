@@ -1,10 +1,17 @@
 //! Raft's messages between replicas: two streams a peer, so that votes and
 //! heartbeats never wait behind bulk.
 
+use crate::catalog::Catalog;
 use crate::channel::{MESSAGE_BYTES_MAX, connect};
+use crate::core::{Envelope, Input};
 use crate::error::{Error, IoContext};
-use crate::replica::{GROUP, Handle, Input};
+use crate::install::{Page, PageRow};
+use crate::journal::Segments;
+use crate::replica::Handle;
+use crate::schema::{Key, MemberRow, VALUE_BYTES_MAX, Wish, locations};
 use crate::server::write_synced;
+use bytes::Bytes;
+use heddle_proto::v1;
 use heddle_proto::v1::raft_transport_client::RaftTransportClient;
 use heddle_proto::v1::raft_transport_server::RaftTransport;
 use heddle_proto::v1::{GroupMessage, RaftAck, RaftBatch};
@@ -12,7 +19,7 @@ use protobuf::Message as _;
 use raft::eraftpb::{EntryType, Message, MessageType};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
@@ -26,53 +33,156 @@ const BATCH_BYTES: usize = 1 << 20;
 /// Pause before a broken stream is opened anew.
 const RECONNECT: Duration = Duration::from_millis(100);
 
-/// The ways out to all peers.
-pub struct Outbound {
-    peers: HashMap<u64, [mpsc::Sender<Message>; 2]>,
+type Streams = [mpsc::Sender<(u32, Envelope)>; 2];
+
+/// The ways out to all peers. Clones share them.
+#[derive(Clone)]
+pub struct Outbound(Arc<Shared>);
+
+struct Shared {
+    cluster: u64,
+    me: u64,
+    incarnation: u64,
+    replica: Handle,
+    runtime: tokio::runtime::Handle,
+    /// Addresses that this replica was started with: they win over those of shard 0.
+    configured: BTreeMap<u64, String>,
+    addresses: Arc<Addresses>,
+    streams: Mutex<HashMap<u64, (String, Streams)>>,
+}
+
+/// The replicas' addresses, as far as this one knows.
+#[derive(Debug, Default)]
+pub struct Addresses(RwLock<BTreeMap<u64, String>>);
+
+impl Addresses {
+    /// All of them.
+    pub fn all(&self) -> BTreeMap<u64, String> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// One replica's.
+    pub fn get(&self, id: u64) -> Option<String> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+    }
 }
 
 impl Outbound {
-    /// Starts the sending tasks of replica `me`.
-    pub fn start(
+    /// The ways out of replica `me`. Needs a tokio runtime.
+    pub fn new(
         cluster: u64,
         (me, incarnation): (u64, u64),
-        peers: &BTreeMap<u64, String>,
-        replica: &Handle,
+        configured: BTreeMap<u64, String>,
+        replica: Handle,
     ) -> Outbound {
-        let start = |(id, address): (&u64, &String)| {
-            let streams = [0, 1].map(|_| {
-                let (sender, messages) = mpsc::channel(QUEUE);
-                tokio::spawn(send_to(
-                    (cluster, me, incarnation),
-                    *id,
-                    address.clone(),
-                    messages,
-                    replica.clone(),
-                ));
-                sender
-            });
-            (*id, streams)
-        };
-        Outbound { peers: peers.iter().filter(|(id, _)| **id != me).map(start).collect() }
+        let addresses = Arc::new(Addresses(RwLock::new(configured.clone())));
+        let outbound = Outbound(Arc::new(Shared {
+            cluster,
+            me,
+            incarnation,
+            replica,
+            runtime: tokio::runtime::Handle::current(),
+            configured,
+            addresses,
+            streams: Mutex::default(),
+        }));
+        outbound.update(&BTreeMap::new());
+        outbound
     }
 
-    /// Sends messages; what finds no room is dropped.
-    pub fn send(&self, messages: Vec<Message>) {
-        for message in messages {
-            // Empty ones too: one that overtook entries would be refused as a gap.
-            let is_bulk = message.get_msg_type() == MessageType::MsgAppend;
-            if let Some(streams) = self.peers.get(&message.to) {
-                let _ = streams[usize::from(is_bulk)].try_send(message);
+    /// Follows the members of shard 0.
+    pub fn update(&self, members: &BTreeMap<u64, MemberRow>) {
+        let mut wanted = self.0.configured.clone();
+        for (id, row) in members {
+            if row.wish == Wish::Removed {
+                wanted.remove(id);
+            } else {
+                wanted.entry(*id).or_insert_with(|| row.address.clone());
             }
         }
+        let mut streams = self.0.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        streams.retain(|id, (address, _)| wanted.get(id) == Some(address));
+        for (id, address) in wanted.iter().filter(|(id, _)| **id != self.0.me) {
+            if !streams.contains_key(id) {
+                let started = [0, 1].map(|_| self.start(*id, address.clone()));
+                streams.insert(*id, (address.clone(), started));
+            }
+        }
+        *self.0.addresses.0.write().unwrap_or_else(PoisonError::into_inner) = wanted;
     }
+
+    fn start(&self, id: u64, address: String) -> mpsc::Sender<(u32, Envelope)> {
+        let (sender, messages) = mpsc::channel(QUEUE);
+        let shared = &self.0;
+        let from = (shared.cluster, shared.me, shared.incarnation);
+        shared.runtime.spawn(send_to(from, id, address, messages, shared.replica.clone()));
+        sender
+    }
+
+    /// Addresses that this replica was started with.
+    pub fn configured(&self) -> BTreeMap<u64, String> {
+        self.0.configured.clone()
+    }
+
+    /// All addresses, kept up to date.
+    pub fn addresses(&self) -> Arc<Addresses> {
+        self.0.addresses.clone()
+    }
+
+    /// Where its tasks run.
+    pub fn runtime(&self) -> &tokio::runtime::Handle {
+        &self.0.runtime
+    }
+
+    /// Sends a message; what finds no room is dropped.
+    pub fn send(&self, to: u64, envelope: Envelope) {
+        // Empty appends too: one that overtook entries would be refused as a gap.
+        let (group, is_bulk) = match &envelope {
+            Envelope::Raft { group, message } => (*group, message.get_msg_type() == MessageType::MsgAppend),
+            Envelope::Pull { group, .. } => (*group, false),
+            Envelope::Page(page) => (page.group, true),
+        };
+        let streams = self.0.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, streams)) = streams.get(&to) {
+            let _ = streams[usize::from(is_bulk)].try_send((group, envelope));
+        }
+    }
+}
+
+/// A message for the wire, and about how many bytes it has. Entries' data travels beside
+/// Raft's message, so that it is copied once.
+fn encode(group: u32, envelope: Envelope) -> Option<(GroupMessage, usize)> {
+    let mut out = GroupMessage { group, ..GroupMessage::default() };
+    let bytes = match envelope {
+        Envelope::Raft { mut message, .. } => {
+            let entries = message.mut_entries().iter_mut();
+            out.entries = entries.map(|entry| std::mem::take(&mut entry.data)).collect();
+            out.raft = message.write_to_bytes().ok()?.into();
+            out.raft.len() + out.entries.iter().map(Bytes::len).sum::<usize>()
+        }
+        Envelope::Pull { index, from, .. } => {
+            out.pull = Some(v1::Pull { index, from });
+            16
+        }
+        Envelope::Page(page) => {
+            let rows: Vec<v1::PageRow> = page
+                .rows
+                .into_iter()
+                .map(|row| v1::PageRow { key: row.key.into(), value: row.value.into(), parts: row.parts })
+                .collect();
+            let bytes = rows.iter().flat_map(|row| &row.parts).map(Bytes::len).sum::<usize>();
+            out.page = Some(v1::Page { index: page.index, from: page.from, rows, total: page.total });
+            bytes
+        }
+    };
+    Some((out, bytes))
 }
 
 async fn send_to(
     (cluster, me, incarnation): (u64, u64, u64),
     peer: u64,
     address: String,
-    mut messages: mpsc::Receiver<Message>,
+    mut messages: mpsc::Receiver<(u32, Envelope)>,
     replica: Handle,
 ) {
     let Ok(channel) = connect(&address) else {
@@ -88,10 +198,10 @@ async fn send_to(
                 let mut batch = RaftBatch { cluster, from: me, to: peer, messages: vec![], incarnation };
                 let mut bytes = 0;
                 let mut next = Some(first);
-                while let Some(message) = next {
-                    if let Ok(encoded) = message.write_to_bytes() {
-                        bytes += encoded.len();
-                        batch.messages.push(GroupMessage { group: GROUP, raft: encoded.into() });
+                while let Some((group, envelope)) = next {
+                    if let Some((encoded, length)) = encode(group, envelope) {
+                        bytes += length;
+                        batch.messages.push(encoded);
                     }
                     next = if bytes < BATCH_BYTES { messages.try_recv().ok() } else { None };
                 }
@@ -125,6 +235,12 @@ pub struct TransportService {
     pub replica: Handle,
     /// Who is who.
     pub known: Arc<KnownPeers>,
+    /// Rows.
+    pub catalog: Catalog,
+    /// Bytes.
+    pub segments: Segments,
+    /// How many groups there are.
+    pub groups: u32,
 }
 
 #[tonic::async_trait]
@@ -141,11 +257,24 @@ impl RaftTransport for TransportService {
             }
             self.known.check(batch.from, batch.incarnation)?;
             for message in batch.messages {
-                let message = check(&message, batch.from, self.me)?;
-                self.replica.send(Input::Message(Box::new(message)));
+                let envelope = decode(message, batch.from, self.me, self.groups)?;
+                self.replica.send(Input::Message(batch.from, envelope));
             }
         }
         Ok(Response::new(RaftAck {}))
+    }
+
+    async fn fetch(&self, request: Request<v1::FetchRequest>) -> Result<Response<v1::FetchReply>, Status> {
+        let request = request.into_inner();
+        if request.cluster != self.cluster {
+            return Err(Status::invalid_argument("this is another cluster"));
+        }
+        let internal = |error: Error| Status::data_loss(error.to_string());
+        let value = self.catalog.raw(&request.key).map_err(internal)?;
+        let value = value.ok_or_else(|| Status::not_found("no such row"))?;
+        let places = locations(&request.key, &value).map_err(internal)?;
+        let parts: Result<Vec<Bytes>, Error> = places.into_iter().map(|at| self.segments.read(at)).collect();
+        Ok(Response::new(v1::FetchReply { parts: parts.map_err(internal)? }))
     }
 }
 
@@ -191,12 +320,32 @@ impl KnownPeers {
 }
 
 /// Decodes a message and checks all that raft-rs would panic on.
-fn check(message: &GroupMessage, from: u64, to: u64) -> Result<Message, Status> {
+fn decode(message: GroupMessage, from: u64, to: u64, groups: u32) -> Result<Envelope, Status> {
     let bad = |what: &str| Status::invalid_argument(format!("raft message: {what}"));
-    if message.group != GROUP {
+    let group = message.group;
+    if group >= groups {
         return Err(bad("unknown group"));
     }
-    let decoded = Message::parse_from_bytes(&message.raft).map_err(|e| bad(&e.to_string()))?;
+    if let Some(pull) = message.pull {
+        return Ok(Envelope::Pull { group, index: pull.index, from: pull.from });
+    }
+    if let Some(page) = message.page {
+        let row = |row: v1::PageRow| {
+            let is_of_group = Key::group_of(&row.key) == group && row.value.len() <= VALUE_BYTES_MAX;
+            let (key, value) = (row.key.to_vec(), row.value.to_vec());
+            is_of_group.then_some(PageRow { key, value, parts: row.parts })
+        };
+        let rows: Option<Vec<PageRow>> = page.rows.into_iter().map(row).collect();
+        let rows = rows.ok_or_else(|| bad("a row of another group, or too long"))?;
+        return Ok(Envelope::Page(Page { group, index: page.index, from: page.from, rows, total: page.total }));
+    }
+    let mut decoded = Message::parse_from_bytes(&message.raft).map_err(|e| bad(&e.to_string()))?;
+    if decoded.entries.len() != message.entries.len() {
+        return Err(bad("entries and their data differ in number"));
+    }
+    for (entry, data) in decoded.mut_entries().iter_mut().zip(message.entries) {
+        entry.data = data;
+    }
     if decoded.from != from || decoded.to != to {
         return Err(bad("sender or receiver differ from the batch's"));
     }
@@ -217,7 +366,6 @@ fn check(message: &GroupMessage, from: u64, to: u64) -> Result<Message, Status> 
             | MessageType::MsgUnreachable
             | MessageType::MsgSnapStatus
             | MessageType::MsgCheckQuorum
-            | MessageType::MsgSnapshot
             | MessageType::MsgPropose
     );
     let is_read = decoded.get_msg_type() == MessageType::MsgReadIndex;
@@ -227,5 +375,5 @@ fn check(message: &GroupMessage, from: u64, to: u64) -> Result<Message, Status> 
     if is_local {
         return Err(bad("this type never travels"));
     }
-    Ok(decoded)
+    Ok(Envelope::Raft { group, message: Box::new(decoded) })
 }

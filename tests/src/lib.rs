@@ -4,11 +4,16 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used)]
 
+pub mod device;
+pub mod linear;
+pub mod recording_model;
+
 use heddle_cli::cluster::Cluster;
-use heddle_cli::local::{LocalCluster, LocalConfig};
+use heddle_cli::local::{DEFAULT_SHARDS, LocalCluster, LocalConfig};
 use heddle_proto::{Chunk, ChunkBuilder, Event, Manifest, RecordingId, v1};
 use heddle_storage::StoreClient;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -100,6 +105,22 @@ impl Embedded {
     }
 }
 
+/// Three replicas and a coordinator in `dir`, no nodes; no recording is cut for silence.
+pub fn three_replicas(dir: &Path) -> LocalConfig {
+    LocalConfig {
+        program: program(),
+        dir: dir.to_path_buf(),
+        replicas: 3,
+        nodes: 0,
+        slots: 1,
+        lease_ms: 3_600_000,
+        offers_planted: true,
+        qemu: vec![],
+        shards: DEFAULT_SHARDS,
+        environment: BTreeMap::new(),
+    }
+}
+
 /// A cluster of real processes in a directory of its own.
 pub struct Processes {
     /// The processes.
@@ -118,18 +139,8 @@ impl Processes {
     /// The same, with nodes that offer these QEMUs alone; none: those that are installed.
     pub async fn offering(nodes: u64, lease_ms: u64, qemu: Vec<PathBuf>) -> Processes {
         let dir = TempDir::new().unwrap();
-        let cluster = LocalCluster::start(LocalConfig {
-            program: program(),
-            dir: dir.path().to_path_buf(),
-            replicas: 3,
-            nodes,
-            slots: 1,
-            lease_ms,
-            offers_planted: true,
-            qemu,
-        })
-        .await
-        .unwrap();
+        let config = LocalConfig { nodes, lease_ms, qemu, ..three_replicas(dir.path()) };
+        let cluster = LocalCluster::start(config).await.unwrap();
         let client = Cluster::in_dir(dir.path()).unwrap();
         Processes { cluster, client, _dir: dir }
     }
@@ -235,14 +246,14 @@ pub async fn append(store: &StoreClient, epoch: u64, chunks: &[Chunk]) -> Result
             rewrites: false,
         })
         .collect();
-    let sent = requests.len();
-    let mut replies = store.leader().unwrap().append(tokio_stream::iter(requests)).await?.into_inner();
-    let (mut committed, mut answers) = (0, 0);
+    let (Some(first), Some(last)) = (chunks.first(), chunks.last()) else { return Ok(0) };
+    let mut client = store.leader(first.header.recording).unwrap();
+    let mut replies = client.append(tokio_stream::iter(requests)).await?.into_inner();
+    let mut committed = 0;
     while let Some(reply) = replies.message().await? {
         committed = reply.committed_events;
-        answers += 1;
     }
-    if answers < sent {
+    if committed < last.header.end_event() {
         return Err(tonic::Status::unavailable("the stream ended early"));
     }
     Ok(committed)

@@ -3,7 +3,8 @@
 
 use heddle_node::rewrite::rewrite;
 use heddle_proto::{Body, Chunk, ChunkBuilder, Event, Hash, Role, v1};
-use heddle_storage::StoreError;
+use heddle_storage::placement::block_shard;
+use heddle_storage::{Route, StoreError};
 use heddle_tests::{Processes, append, chunks, count, new_id, until};
 use std::time::Duration;
 
@@ -61,7 +62,7 @@ async fn epochs_duplicates_gaps_and_conflicts() {
     bytes[300] ^= 1;
     let request =
         v1::AppendRequest { recording: id.to_vec().into(), epoch: 2, chunk: bytes.into(), rewrites: false };
-    let reply = store.leader().unwrap().append(tokio_stream::iter([request])).await;
+    let reply = store.leader(id).unwrap().append(tokio_stream::iter([request])).await;
     let status = match reply {
         Ok(reply) => reply.into_inner().message().await.unwrap_err(),
         Err(status) => status,
@@ -97,7 +98,7 @@ async fn a_sealed_recording_is_written_anew_and_stays_the_same() {
     let rewriting = |chunk: &Chunk| {
         let recording = id.to_vec().into();
         let request = v1::AppendRequest { recording, epoch, chunk: chunk.bytes.clone(), rewrites: true };
-        let client = store.leader();
+        let client = store.leader(id);
         async move {
             let reply = client.unwrap().append(tokio_stream::iter([request])).await;
             match reply {
@@ -217,8 +218,9 @@ async fn blocks_are_stored_once_and_checked() {
             (Hash::of(&bytes), bytes)
         })
         .collect();
-    assert_eq!(store.put_blocks(blocks.clone()).await.unwrap().0, 300);
-    assert_eq!(store.put_blocks(blocks.clone()).await.unwrap(), (0, 0), "nothing is sent twice");
+    let owner = new_id();
+    assert_eq!(store.put_blocks(owner, blocks.clone()).await.unwrap().0, 300);
+    assert_eq!(store.put_blocks(owner, blocks.clone()).await.unwrap(), (0, 0), "nothing is sent twice");
     let hashes: Vec<Hash> = blocks.iter().map(|(hash, _)| *hash).collect();
     let found = store.get_blocks(&hashes).await.unwrap();
     assert!(found.iter().zip(&blocks).all(|(found, (_, bytes))| found == bytes));
@@ -226,8 +228,10 @@ async fn blocks_are_stored_once_and_checked() {
         hash: hashes[0].to_vec().into(),
         data: heddle_storage::service::compress_block(b"other"),
     };
-    let mut client = store.leader().unwrap();
-    let status = client.put_blocks(v1::PutBlocksRequest { blocks: vec![lied] }).await.unwrap_err();
+    let shard = block_shard(hashes[0], store.shards().await.unwrap());
+    let mut client = store.leader(Route::Shard(shard)).unwrap();
+    let request = v1::PutBlocksRequest { blocks: vec![lied], owner: owner.to_vec().into(), shard };
+    let status = client.put_blocks(request).await.unwrap_err();
     assert!(status.message().contains("has other bytes"), "{status}");
     assert!(matches!(store.get_blocks(&[Hash([9; 32])]).await, Err(StoreError::NotFound(_))));
     p.cluster.stop().await;
@@ -256,7 +260,7 @@ async fn nothing_acknowledged_is_lost_to_kill_9() {
                     }
                     // Which of them were committed the store knows: it acknowledges those again.
                     Err(status) => {
-                        store.redirect(store.tried(), &status);
+                        store.redirect(id, store.tried(id), &status);
                         tokio::time::sleep(Duration::from_millis(20)).await;
                     }
                 }

@@ -56,7 +56,7 @@ async fn side_b(cluster: &Cluster, recording: &Recording, command: &Hunt) -> Res
             .split_once('=')
             .ok_or_else(|| coded(USAGE, format!("--with {given}: expected NAME=FILE")))?;
         let bytes = std::fs::read(path).map_err(|error| coded(USAGE, format!("read {path}: {error}")))?;
-        let image = put_image(&cluster.store, name, &bytes.into()).await?;
+        let image = put_image(&cluster.store, recording.manifest.id, name, &bytes.into()).await?;
         if let Some(number) = spec.files.iter().position(|file| file.name == name) {
             side.files.push((number, image));
         } else if let Some(number) = spec.disks.iter().position(|disk| disk.image.name == name) {

@@ -22,6 +22,7 @@ use crate::local::{LocalCluster, LocalConfig};
 use crate::{bench, demo, serve};
 use anyhow::{Context, Result};
 use clap::CommandFactory;
+use std::collections::BTreeMap;
 
 /// Runs the command; its exit code.
 pub async fn run(args: Args) -> Result<u8> {
@@ -76,6 +77,8 @@ async fn up(command: Up) -> Result<u8> {
         lease_ms: command.lease_ms,
         offers_planted: command.offer_planted,
         qemu: command.qemu.clone(),
+        shards: command.shards,
+        environment: BTreeMap::new(),
     })
     .await?;
     println!("{}", serde_json::to_string_pretty(&cluster.file())?);

@@ -114,13 +114,14 @@ pub fn plan(command: &[String], by_rule: bool) -> Result<Planned> {
 /// Stores the files that the command line names, and makes the manifest.
 async fn prepare(store: &StoreClient, request: &QemuRequest) -> Result<Manifest> {
     let Planned { build, plan } = &request.planned;
+    let id = RecordingId(rand::random());
     let mut files = vec![];
     for path in &plan.files {
-        files.push(store_file(store, path).await?.0);
+        files.push(store_file(store, id, path).await?.0);
     }
     let mut disks = vec![];
     for disk in &plan.disks {
-        let (image, bytes) = store_file(store, &disk.path).await?;
+        let (image, bytes) = store_file(store, id, &disk.path).await?;
         let is_qcow2 = bytes.starts_with(b"QFI\xfb");
         let format = disk.format.clone().unwrap_or_else(|| if is_qcow2 { "qcow2" } else { "raw" }.into());
         let guest_bytes = match format.as_str() {
@@ -155,7 +156,7 @@ async fn prepare(store: &StoreClient, request: &QemuRequest) -> Result<Manifest>
     recorded::check(&spec.arguments)?;
     let manifest = Manifest {
         version: MANIFEST_VERSION,
-        id: RecordingId(rand::random()),
+        id,
         name: request.name.clone(),
         labels: request.labels.clone(),
         created_unix_ms: created.as_millis() as u64,
@@ -165,11 +166,11 @@ async fn prepare(store: &StoreClient, request: &QemuRequest) -> Result<Manifest>
     Ok(Manifest::decode(&manifest.encode())?)
 }
 
-async fn store_file(store: &StoreClient, path: &Path) -> Result<(Image, Bytes)> {
+async fn store_file(store: &StoreClient, id: RecordingId, path: &Path) -> Result<(Image, Bytes)> {
     let bytes = tokio::fs::read(path).await.with_context(|| format!("read {}", path.display()))?;
     let bytes = Bytes::from(bytes);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    Ok((put_image(store, &name, &bytes).await?, bytes))
+    Ok((put_image(store, id, &name, &bytes).await?, bytes))
 }
 
 /// Records, and seals the recording. `started` is told the id, and QEMU's process id.

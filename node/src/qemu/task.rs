@@ -116,7 +116,7 @@ async fn index(
             let event = span.events.partition_point(|event| event.icount <= icount) as u64;
             let NewSnapshot { blocks, row } = captured.finish(event);
             runtime.block_on(async {
-                store.put_blocks(blocks).await?;
+                store.put_blocks(id, blocks).await?;
                 store.add_snapshot(id, epoch, row).await
             })?;
             made.push(icount);
