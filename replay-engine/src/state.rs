@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 pub const COVERAGE: &str = "ram, disk overlays, hart (registers, csrs, tlb, reservation), clint, plic, uart, rtc, \
      virtio queues and requests in flight, timers, bottom halves, clock, warp";
 /// Version of [`SnapshotRoot`]; another one is refused by its number.
-const SNAPSHOT_VERSION: u32 = 1;
+const SNAPSHOT_VERSION: u32 = 2;
 
 /// Page trees kept up to date from digest to digest.
 #[derive(Clone, Debug)]

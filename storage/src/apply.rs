@@ -334,6 +334,7 @@ impl Entry<'_, '_> {
         }
         self.rows.release(row.manifest);
         row.state = RecordingState::Deleted;
+        row.manifest = Location::NONE;
         row.rewriting = None;
         self.rows.put(&key, &row);
         Ok(Outcome::Done)
@@ -360,7 +361,7 @@ impl Entry<'_, '_> {
             state: RecordingState::Deleted,
             epoch: 0,
             token: vec![],
-            manifest: self.entry_at,
+            manifest: Location::NONE,
             chain: Chain::new(Hash::ZERO),
             rewritten_from: Hash::ZERO,
             rewriting: None,

@@ -128,6 +128,8 @@ pub struct CoreConfig {
     pub retain_bytes: u64,
     /// Newest entries in memory, in bytes, over all groups.
     pub cache_bytes: usize,
+    /// Bytes of entries in a message, at most, if it has more than one.
+    pub message_bytes: u64,
     /// For tests.
     pub planted: Planted,
 }
@@ -143,6 +145,7 @@ impl CoreConfig {
             checkpoint_bytes: 512 << 20,
             retain_bytes: 256 << 20,
             cache_bytes: 64 << 20,
+            message_bytes: 1 << 20,
             planted: Planted::None,
         }
     }

@@ -2,6 +2,7 @@
 
 use crate::apply::{Entry as Applying, Outcome, Planted, Refusal};
 use crate::catalog::Catalog;
+use crate::core::CoreConfig;
 use crate::command::{self, ENTRY_BYTES, Proposal};
 use crate::error::Error;
 use crate::install::Fetch;
@@ -97,12 +98,16 @@ pub struct Group {
     /// Readies that are not durable yet.
     unwritten: usize,
     election_ticks: usize,
+    /// A snapshot's ready and index, until it is durable.
+    adopted: Option<(u64, u64)>,
     planted: Planted,
 }
 
 impl Group {
     /// A group over its log, as it stands after what rows follow.
-    pub fn new(id: u32, me: u64, mut log: RaftLog, row: &GroupRow, planted: Planted) -> Result<Group, Error> {
+    pub fn new(id: u32, config: &CoreConfig, mut log: RaftLog, row: &GroupRow) -> Result<Group, Error> {
+        let (me, planted) = (config.id, config.planted);
+        let message_bytes = config.message_bytes;
         let mut conf = raft::eraftpb::ConfState::default();
         conf.merge_from_bytes(&row.conf)
             .map_err(|error| Error::Row(format!("the members of group {id}: {error}")))?;
@@ -120,7 +125,7 @@ impl Group {
             check_quorum: true,
             // It would merge a lagging follower's whole window into one message.
             batch_append: false,
-            max_size_per_msg: 1 << 20,
+            max_size_per_msg: message_bytes,
             max_inflight_msgs: 64,
             max_uncommitted_size: 128 << 20,
             max_committed_size_per_ready: 16 << 20,
@@ -142,6 +147,7 @@ impl Group {
             next_read: 0,
             unwritten: 0,
             election_ticks: ELECTION_TICKS,
+            adopted: None,
             planted,
         })
     }
@@ -337,6 +343,9 @@ impl Group {
                 }
             }
             let (number, mut after) = (ready.number(), ready.take_persisted_messages());
+            if snapshot > 0 {
+                self.adopted = Some((number, snapshot));
+            }
             self.node.advance_append_async(ready);
             let count = round.frames.len() - frames_before;
             if self.planted == Planted::AckBeforeFsync {
@@ -344,19 +353,16 @@ impl Group {
             }
             if count == 0 && self.unwritten == 0 {
                 round.messages.append(&mut after);
-                self.node.on_persist_ready(number);
+                self.durable(number);
             } else {
                 self.unwritten += 1;
                 let mark = Mark::Ready { group: self.id, number, entries: indexes, after };
                 round.marks.push((mark, count));
                 if self.planted == Planted::AckBeforeFsync {
-                    self.node.on_persist_ready(number);
+                    self.durable(number);
                 }
             }
             // Only now: what is applied can make Raft append, which it must not before.
-            if snapshot > 0 {
-                self.node.advance_apply_to(snapshot);
-            }
             self.apply(committed, catalog)?;
             self.take_reads(reads);
         }
@@ -377,7 +383,14 @@ impl Group {
             self.node.mut_store().persisted(*index, *term, *at);
         }
         self.unwritten -= 1;
+        self.durable(number);
+    }
+
+    fn durable(&mut self, number: u64) {
         self.node.on_persist_ready(number);
+        if let Some((_, index)) = self.adopted.take_if(|(adopted, _)| *adopted <= number) {
+            self.node.advance_apply_to(index);
+        }
     }
 
     /// Applies committed entries, and answers.
@@ -438,10 +451,9 @@ impl Group {
         };
         let at = self.node.store().location(entry.index);
         // Under the planted fault an entry is applied before it has a place.
-        let none = Location { segment: 0, offset: 0, bytes: 0, crc: 0 };
         let entry_at = match (at, self.planted) {
             (Some(at), _) => at,
-            (None, Planted::AckBeforeFsync) => none,
+            (None, Planted::AckBeforeFsync) => Location::NONE,
             (None, _) => return Err(raft::Error::Store(raft::StorageError::Unavailable).into()),
         };
         let group = self.id;

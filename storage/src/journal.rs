@@ -52,6 +52,9 @@ pub struct Location {
 }
 
 impl Location {
+    /// Of nothing.
+    pub const NONE: Location = Location { segment: 0, offset: 0, bytes: 0, crc: 0 };
+
     /// A part of these bytes, which is `part`.
     pub fn part(&self, from: usize, part: &[u8]) -> Location {
         Location {
@@ -237,6 +240,8 @@ pub struct Journal {
     hard_states: BTreeMap<u32, (u64, u64, u64)>,
     /// The next segment could not be made.
     is_refused: bool,
+    /// Something was written since the last sync.
+    is_dirty: bool,
 }
 
 impl Journal {
@@ -415,15 +420,18 @@ impl Journal {
         let path = self.segments.disk.path(&segment_name(self.number));
         self.file.write(&parts, self.end).at("write to", &path)?;
         self.end = end as u64;
+        self.is_dirty = true;
         self.next_lsn += frames.len() as u64;
         self.marked_lsn = head.synced_lsn;
         Ok(())
     }
 
     fn sync(&mut self) -> Result<(), Error> {
-        if self.synced_lsn + 1 < self.next_lsn {
+        // A mark counts, too: the next segment will say where this one ends.
+        if self.is_dirty {
             self.file.sync().at("sync", &self.segments.disk.path(&segment_name(self.number)))?;
             self.synced_lsn = self.next_lsn - 1;
+            self.is_dirty = false;
         }
         Ok(())
     }

@@ -17,6 +17,8 @@ pub struct RaftLog {
     /// Index and term of the entry before the first.
     before: (u64, u64),
     slots: VecDeque<Slot>,
+    /// While the journal is read: it is not known yet behind what the log begins.
+    is_floating: bool,
     /// Entries below it are not in memory.
     cached_from: u64,
     cached_bytes: usize,
@@ -47,6 +49,7 @@ impl RaftLog {
             conf_state: ConfState::default(),
             before,
             slots: VecDeque::new(),
+            is_floating: true,
             cached_from: before.0 + 1,
             cached_bytes: 0,
             cache_bytes_max,
@@ -58,6 +61,11 @@ impl RaftLog {
 
     /// Takes an entry that was found in the journal; it replaces what was there, and all behind.
     pub fn found(&mut self, index: u64, term: u64, kind: FrameKind, at: Location) {
+        if self.is_floating && (self.slots.is_empty() || index <= self.before.0) {
+            // The scan began in the middle of this log.
+            self.slots.clear();
+            self.before = (index - 1, 0);
+        }
         if index <= self.before.0 {
             return;
         }
@@ -72,9 +80,13 @@ impl RaftLog {
 
     /// The log begins behind (index, term): what matches it stays, the rest goes.
     pub fn begin_behind(&mut self, index: u64, term: u64) {
-        if index < self.before.0 {
+        if index < self.before.0 && !self.slots.is_empty() {
             return;
         }
+        if self.is_floating && index == self.before.0 {
+            self.before.1 = term;
+        }
+        self.is_floating = false;
         if self.term_at(index) == Some(term) {
             self.truncate(index);
         } else {

@@ -93,7 +93,7 @@ pub fn open(
         .enumerate()
         .map(|(id, found)| {
             let row = catalog.group(id as u32)?;
-            Group::new(id as u32, config.id, found.log, &row, config.planted)
+            Group::new(id as u32, &config, found.log, &row)
         })
         .collect();
     let core = Core::new(config, groups?, catalog, segments, number, since_checkpoint);

@@ -100,7 +100,8 @@ impl MemRows {
 
     /// A copy, as somebody would keep one of the directory.
     pub fn copy(&self) -> MemRows {
-        MemRows { now: Mutex::new(lock(&self.now).clone()), synced: Mutex::new(lock(&self.now).clone()) }
+        let now = lock(&self.now).clone();
+        MemRows { now: Mutex::new(now.clone()), synced: Mutex::new(now) }
     }
 }
 

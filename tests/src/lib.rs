@@ -7,6 +7,7 @@
 pub mod device;
 pub mod linear;
 pub mod recording_model;
+pub mod sim;
 
 use heddle_cli::cluster::Cluster;
 use heddle_cli::local::{DEFAULT_SHARDS, LocalCluster, LocalConfig};

@@ -150,6 +150,7 @@ pub(super) fn open(
         marked_lsn: end.marked_lsn,
         hard_states,
         is_refused: false,
+        is_dirty: false,
     })
 }
 
@@ -173,6 +174,7 @@ fn first(config: JournalConfig, segments: Segments) -> Result<Journal, Error> {
         marked_lsn: 0,
         hard_states: BTreeMap::new(),
         is_refused: false,
+        is_dirty: false,
     };
     let opening = Opening { previous_end: 0, scan_from: 1, hard_states: vec![] };
     let data = postcard::to_stdvec(&opening).expect("plain data encodes to memory");

@@ -1,0 +1,13 @@
+//! A simulated cluster of the log store in one thread, from one seed.
+//!
+//! The shipped state machines run over a simulated disk (torn and lost writes, no room,
+//! failures), a simulated network (loss, delay, copies, other orders, partitions both ways)
+//! and clocks that jump. The same seed gives the same trace.
+
+mod checks;
+mod client;
+mod disk;
+mod replica;
+mod world;
+
+pub use world::{Outcome, run};
