@@ -446,6 +446,25 @@ pub struct Plot {
 pub enum Bench {
     /// Recording, storing and replaying Debian's Linux on QEMU.
     Qemu(BenchQemu),
+    /// The log store against etcd and NATS JetStream, three replicas each on this machine.
+    Store(BenchStore),
+}
+
+/// `heddle bench store`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct BenchStore {
+    /// Seconds that count of each load, after a second of warm-up.
+    #[arg(long, default_value_t = 8.0)]
+    pub seconds: f64,
+    /// Chunks of the large store that is opened.
+    #[arg(long, default_value_t = 1_000_000)]
+    pub chunks: u64,
+    /// Recordings that are written at the same time.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    pub recordings: u64,
+    /// Only these parts; without any, all.
+    #[arg(long, value_name = "PART", value_parser = ["peers", "steady", "many", "open"])]
+    pub part: Vec<String>,
 }
 
 /// `heddle bench qemu`.

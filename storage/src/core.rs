@@ -368,6 +368,12 @@ impl Core {
                 }
                 self.send(group, after);
             }
+            Mark::Commit { group: id, commit } => {
+                let catalog = self.catalog.clone();
+                if let Some(group) = self.touch(id) {
+                    group.commit_is_durable(commit, &catalog)?;
+                }
+            }
             Mark::Page { group: id } => {
                 let now = self.now;
                 let Some(group) = self.groups.get_mut(id as usize) else { return Ok(()) };

@@ -54,6 +54,13 @@ pub enum Mark {
         /// What may be said once it is durable.
         after: Vec<Message>,
     },
+    /// A hard state that says what is committed.
+    Commit {
+        /// The group.
+        group: u32,
+        /// The index.
+        commit: u64,
+    },
     /// A page of a snapshot that was fetched.
     Page {
         /// The group.
@@ -98,6 +105,9 @@ pub struct Group {
     /// Readies that are not durable yet.
     unwritten: usize,
     election_ticks: usize,
+    /// Committed entries from a change of members on, whose commit is not durable yet.
+    held: Vec<Entry>,
+    durable_commit: u64,
     /// A snapshot's ready and index, until it is durable.
     adopted: Option<(u64, u64)>,
     planted: Planted,
@@ -147,6 +157,8 @@ impl Group {
             next_read: 0,
             unwritten: 0,
             election_ticks: ELECTION_TICKS,
+            held: vec![],
+            durable_commit: 0,
             adopted: None,
             planted,
         })
@@ -363,7 +375,7 @@ impl Group {
                 }
             }
             // Only now: what is applied can make Raft append, which it must not before.
-            self.apply(committed, catalog)?;
+            self.hold_or_apply(committed, catalog, round)?;
             self.take_reads(reads);
         }
         if let Some(error) = self.node.store().take_failed() {
@@ -391,6 +403,42 @@ impl Group {
         if let Some((_, index)) = self.adopted.take_if(|(adopted, _)| *adopted <= number) {
             self.node.advance_apply_to(index);
         }
+    }
+
+    /// Applies committed entries; from a change of members on only once their commit is durable.
+    ///
+    /// A replica that came back with the members before, and without knowing what is
+    /// committed, could win an election among those who are no members any more.
+    fn hold_or_apply(
+        &mut self,
+        committed: Vec<Entry>,
+        catalog: &Catalog,
+        round: &mut Round,
+    ) -> Result<(), Error> {
+        let last_change = committed.iter().rev().find(|entry| entry.get_entry_type() != EntryType::EntryNormal);
+        let commit = self.node.raft.raft_log.committed;
+        let must_write = last_change.is_some_and(|entry| entry.index > self.durable_commit);
+        if must_write {
+            let hard_state = self.node.raft.hard_state();
+            round.frames.push(hard_state_frame(self.id, &hard_state));
+            round.marks.push((Mark::Commit { group: self.id, commit }, 1));
+        }
+        if must_write || !self.held.is_empty() {
+            self.held.extend(committed);
+            return Ok(());
+        }
+        self.apply(committed, catalog)
+    }
+
+    /// All up to `commit` is durably known to be committed.
+    pub fn commit_is_durable(&mut self, commit: u64, catalog: &Catalog) -> Result<(), Error> {
+        self.durable_commit = self.durable_commit.max(commit);
+        let waits = |entry: &Entry| {
+            entry.get_entry_type() != EntryType::EntryNormal && entry.index > self.durable_commit
+        };
+        let ready = self.held.iter().position(waits).unwrap_or(self.held.len());
+        let ready: Vec<Entry> = self.held.drain(..ready).collect();
+        self.apply(ready, catalog)
     }
 
     /// Applies committed entries, and answers.

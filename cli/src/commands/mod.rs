@@ -32,7 +32,8 @@ pub async fn run(args: Args) -> Result<u8> {
         Command::Up(command) => return up(command).await,
         Command::Serve(command) => return serve::run(command).await.map(|()| OK),
         Command::Doctor(command) => return doctor::run(command, format).await,
-        Command::Bench(Bench::Qemu(command)) => return bench::qemu(command, format).await,
+        Command::Bench(Bench::Qemu(command)) => return bench::qemu::qemu(command, format).await,
+        Command::Bench(Bench::Store(command)) => return bench::store::store(command, format).await,
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "heddle", &mut std::io::stdout());
             return Ok(OK);

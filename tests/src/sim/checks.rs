@@ -9,7 +9,7 @@ use heddle_proto::{Hash, RecordingId};
 use heddle_storage::core::Core;
 use heddle_storage::journal::Location;
 use heddle_storage::placement::{block_shard, placement};
-use heddle_storage::schema::{BlockRow, Key, RecordingRow, RecordingState, relocated};
+use heddle_storage::schema::{BlockRow, Key, RecordingRow, RecordingState, Wish, relocated};
 use raft::{Storage as _, StateRole};
 use std::collections::BTreeMap;
 
@@ -59,6 +59,10 @@ impl Checks {
                 }
             }
             let commit = raft.raft_log.committed;
+            if std::env::var_os("TRACE").is_some_and(|g| g.to_str() == Some(&group.id.to_string())) {
+                let log = group.node.store();
+                eprintln!("{} r{} l{} {:?} t{} c{} last{} applied{} before{:?} conf{:?} fetch{}", world.now, replica.id, replica.life, raft.state, raft.term, commit, raft.raft_log.last_index(), group.applied.0, log.before(), (&log.conf_state().voters, &log.conf_state().voters_outgoing, &log.conf_state().learners), group.fetch.is_some());
+            }
             let key = (replica.id, replica.life, group.id);
             let before = self.commit.insert(key, commit).unwrap_or(group.node.store().before().0);
             for entry in before + 1..=commit {
@@ -96,9 +100,12 @@ impl Checks {
     pub fn finish(&mut self, world: &mut World) {
         let mut found = vec![];
         let shards = world.groups - 1;
+        // Who was removed may never have heard of it.
         let removed = |world: &World, index: usize| {
-            let members = world.replicas[index].running.as_ref().and_then(|r| r.core.members().ok());
-            members.is_some_and(|m| m.get(&(index as u64 + 1)).is_some_and(|row| row.wish == heddle_storage::schema::Wish::Removed))
+            let running = world.replicas.iter().filter_map(|replica| replica.running.as_ref());
+            running.filter_map(|running| running.core.members().ok()).any(|members| {
+                members.get(&(index as u64 + 1)).is_some_and(|row| row.wish == Wish::Removed)
+            })
         };
         for group in 0..world.groups {
             let leads = |r: &super::replica::SimReplica| {
