@@ -78,6 +78,11 @@ pub enum Command {
     Doctor(Doctor),
     /// Draw a recording: icount against host time, events by kind and role.
     Plot(Plot),
+    /// Add a replica to the store, drain it, or remove it for good.
+    #[command(subcommand)]
+    Replica(ReplicaCommand),
+    /// Read and hash again all that the replicas store; mend what has rotted from another replica.
+    Scrub(Scrub),
     /// Measure, as ratios against named peers in the same run.
     #[command(subcommand)]
     Bench(Bench),
@@ -311,6 +316,9 @@ pub enum Kind {
     /// Replicas of the store.
     #[value(alias = "replica")]
     Replicas,
+    /// Shards of the store, and who leads them.
+    #[value(alias = "shard")]
+    Shards,
 }
 
 /// `heddle get`.
@@ -441,6 +449,55 @@ pub struct Plot {
     pub out: PathBuf,
 }
 
+/// `heddle replica`.
+#[derive(Subcommand, Debug)]
+pub enum ReplicaCommand {
+    /// Take in a replica: it is sent all that is stored, and then votes. Start it with
+    /// `heddle serve storage --id ID --join URL`.
+    Add {
+        /// Its id, which none had before, and where it listens: ID=URL.
+        #[arg(value_name = "ID=URL")]
+        replica: String,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Let a replica go, for good: its id never comes back. Its process can be stopped then.
+    Remove {
+        /// Which.
+        id: u64,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Move all leaders off a replica, before it is stopped for a while.
+    Drain {
+        /// Which.
+        id: u64,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Let a drained replica lead again.
+    Undrain {
+        /// Which.
+        id: u64,
+    },
+}
+
+/// How long to wait.
+#[derive(ClapArgs, Debug, Clone, Copy)]
+pub struct Wait {
+    /// Give up waiting after so many seconds; what was asked for goes on.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    pub timeout: u64,
+}
+
+/// `heddle scrub`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct Scrub {
+    /// Read at most so many MiB a second of each replica; 0: as fast as it goes.
+    #[arg(long, default_value_t = 64, value_name = "MIB")]
+    pub rate: u64,
+}
+
 /// `heddle bench`.
 #[derive(Subcommand, Debug)]
 pub enum Bench {
@@ -462,6 +519,9 @@ pub struct BenchStore {
     /// Recordings that are written at the same time.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     pub recordings: u64,
+    /// Only this load, by its payload's KiB.
+    #[arg(long, value_name = "KIB")]
+    pub load: Option<usize>,
     /// Only these parts; without any, all.
     #[arg(long, value_name = "PART", value_parser = ["peers", "steady", "many", "open"])]
     pub part: Vec<String>,

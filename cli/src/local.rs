@@ -66,6 +66,7 @@ pub struct LocalCluster {
     coordinator: Reserved,
     nodes: Vec<Reserved>,
     children: BTreeMap<String, Child>,
+    joined_through: usize,
 }
 
 impl LocalCluster {
@@ -78,6 +79,7 @@ impl LocalCluster {
             coordinator: Reserved::new()?,
             nodes: reserve(config.nodes)?,
             children: BTreeMap::new(),
+            joined_through: 0,
             config,
         };
         for id in 1..=cluster.config.replicas {
@@ -127,8 +129,15 @@ impl LocalCluster {
             command.arg("--dir").arg(self.config.dir.join(name));
             command.arg("--listen").arg(self.replicas[number - 1].address.to_string());
             command.args(["--shards", &self.config.shards.to_string()]);
+            let is_first = number as u64 <= self.config.replicas;
             for (i, replica) in self.replicas.iter().enumerate() {
-                command.arg("--peer").arg(format!("{}={}", i + 1, replica.url()));
+                let is_founder = (i as u64) < self.config.replicas;
+                if if is_first { is_founder } else { i + 1 == number } {
+                    command.arg("--peer").arg(format!("{}={}", i + 1, replica.url()));
+                }
+            }
+            if !is_first {
+                command.arg("--join").arg(self.replicas[self.joined_through].url());
             }
         } else if name == "coordinator" {
             command.arg("coordinator").arg("--listen").arg(self.coordinator.address.to_string());
@@ -155,6 +164,16 @@ impl LocalCluster {
         let child = command.spawn().with_context(|| format!("start {name}"))?;
         self.children.insert(name.into(), child);
         Ok(())
+    }
+
+    /// Starts another replica, which asks replica `through` (from 1) about the cluster. The
+    /// store takes it in with `heddle replica add`; its id and its address.
+    pub fn add_replica(&mut self, through: usize) -> Result<(u64, String)> {
+        self.replicas.push(Reserved::new()?);
+        self.joined_through = through - 1;
+        let id = self.replicas.len();
+        self.start_part(&format!("replica-{id}"))?;
+        Ok((id as u64, self.replicas[id - 1].url()))
     }
 
     /// kill -9, and the end of it.

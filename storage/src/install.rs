@@ -207,6 +207,34 @@ pub struct CheckpointEnd {
     pub group: GroupRow,
 }
 
+/// Rows as a frame has them: of each, the lengths of key and value (u32), then both.
+fn encode_rows(rows: &[Row]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(rows.iter().map(|(key, value)| 8 + key.len() + value.len()).sum());
+    for (key, value) in rows {
+        out.extend_from_slice(&(key.len() as u32).to_le_bytes());
+        out.extend_from_slice(&(value.len() as u32).to_le_bytes());
+        out.extend_from_slice(key);
+        out.extend_from_slice(value);
+    }
+    out
+}
+
+/// The rows of a frame.
+pub fn decode_rows(bytes: &[u8]) -> Result<Vec<Row>, Error> {
+    let short = || Error::Row("a checkpoint's rows are cut short".into());
+    let mut rest = bytes;
+    let mut rows = vec![];
+    while !rest.is_empty() {
+        let (lengths, behind) = rest.split_first_chunk::<8>().ok_or_else(short)?;
+        let length = |at: usize| u32::from_le_bytes(lengths[at..at + 4].try_into().expect("4 bytes")) as usize;
+        let (key, value) = (length(0), length(4));
+        let bytes = behind.get(..key + value).ok_or_else(short)?;
+        rows.push((bytes[..key].to_vec(), bytes[key..].to_vec()));
+        rest = &behind[key + value..];
+    }
+    Ok(rows)
+}
+
 /// The frames of a group's rows, and the one that makes them count.
 pub fn checkpoint_frames(
     group: u32,
@@ -218,18 +246,17 @@ pub fn checkpoint_frames(
     let mut part: Vec<Row> = vec![];
     let mut bytes = 0;
     let frame = |kind, data: Vec<u8>| Frame { kind, group, term: row.term, index: row.applied, data: data.into() };
-    let encode = |part: &Vec<Row>| postcard::to_stdvec(part).expect("plain data encodes to memory");
     for (key, value) in rows {
         bytes += key.len() + value.len();
         part.push((key, value));
         if bytes >= ROWS_BYTES {
-            frames.push(frame(FrameKind::Rows, encode(&part)));
+            frames.push(frame(FrameKind::Rows, encode_rows(&part)));
             part.clear();
             bytes = 0;
         }
     }
     if !part.is_empty() {
-        frames.push(frame(FrameKind::Rows, encode(&part)));
+        frames.push(frame(FrameKind::Rows, encode_rows(&part)));
     }
     let end = CheckpointEnd { number, frames: frames.len() as u32, group: row.clone() };
     let end = postcard::to_stdvec(&end).expect("plain data encodes to memory");

@@ -14,8 +14,9 @@ use raft::eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2};
 use std::collections::BTreeMap;
 use tokio::sync::oneshot;
 
-/// Members are looked at every so many ticks.
-const EVERY: u64 = 20;
+/// Members are looked at every so many ticks: not a multiple of the election's, at whose
+/// end Raft forgets which followers it has heard of.
+const EVERY: u64 = 23;
 /// A learner that lags by no more entries may vote.
 const CLOSE: u64 = 64;
 /// A leader stays for so many ticks before it is moved for balance.
@@ -95,12 +96,13 @@ fn converge(group: &mut Group, members: &BTreeMap<u64, MemberRow>, now: u64, is_
         return;
     }
     // Leaders are spread: each group has one replica of the voters that it goes to.
-    let fit: Vec<u64> = conf
+    let mut fit: Vec<u64> = conf
         .voters
         .iter()
         .filter(|id| members.get(id).is_none_or(|row| row.wish == Wish::Member))
         .copied()
         .collect();
+    fit.sort_unstable();
     let is_settled = group.led_since.is_some_and(|since| now - since >= SETTLED);
     let must_go = !fit.contains(&me) || is_full;
     let others: Vec<u64> = fit.iter().filter(|id| **id != me && is_close(id)).copied().collect();

@@ -9,12 +9,12 @@ use crate::core::{Core, CoreConfig};
 use crate::disk::Disk;
 use crate::error::Error;
 use crate::group::Group;
-use crate::install::{CheckpointEnd, checkpoint_frames};
+use crate::install::{CheckpointEnd, checkpoint_frames, decode_rows};
 use crate::journal::{Frame, FrameKind, Journal, JournalConfig, Location, Scanned, Segments};
 use crate::keeper;
 use crate::raft_log::{RaftLog, hard_state_of};
-use crate::rows::{Row, Rows};
-use crate::schema::{GroupRow, Key, VERSION, decode, encode};
+use crate::rows::Rows;
+use crate::schema::{GroupRow, Key, VERSION, encode};
 use protobuf::Message as _;
 use raft::eraftpb::ConfState;
 use std::collections::BTreeMap;
@@ -214,8 +214,7 @@ fn rebuild(catalog: &Catalog, found: &[Found], segments: &Segments, number: u64)
         let Some((end, places)) = &group.base else { continue };
         for at in places {
             let bytes = segments.read(*at)?;
-            let part: Vec<Row> = decode(b"\0\0R", &bytes)?;
-            rows.apply(&part.into_iter().map(|(key, value)| (key, Some(value))).collect())?;
+            rows.apply(&decode_rows(&bytes)?.into_iter().map(|(key, value)| (key, Some(value))).collect())?;
         }
         let row = Changes::from([(Key::group(id as u32).0, Some(encode(&end.group)))]);
         rows.apply(&row)?;

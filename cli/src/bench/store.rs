@@ -49,11 +49,14 @@ async fn start(dir: &Path, shards: u32) -> Result<(LocalCluster, StoreClient)> {
     let until = Instant::now() + Duration::from_secs(30);
     loop {
         let rows = store.replicas().await;
-        let led: Vec<usize> =
-            rows.iter().map(|row| row.shards.iter().filter(|shard| shard.role == "leader").count()).collect();
-        let all = shards as usize + 1;
-        let is_even = led.iter().all(|n| *n >= all / rows.len().max(1));
-        if (led.iter().sum::<usize>() == all && is_even) || Instant::now() > until {
+        let led = rows.iter().flat_map(|row| row.shards.iter().map(move |shard| (row.id, shard)));
+        let led = led.filter(|(_, shard)| shard.role == "leader");
+        let in_place = led.filter(|(id, shard)| {
+            let mut voters = shard.voters.clone();
+            voters.sort_unstable();
+            voters.get(shard.shard as usize % voters.len().max(1)) == Some(id)
+        });
+        if in_place.count() == shards as usize + 1 || Instant::now() > until {
             return Ok((cluster, store));
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -69,6 +72,8 @@ struct Chain {
 
 impl Chain {
     fn new(recording: RecordingId, load: &Load) -> Result<Chain> {
+        let mut counts = [0; KINDS];
+        counts[0] = 1;
         let payloads = load.payloads()?.into_iter().map(|p| (p.clone(), Hash::of(&p))).collect();
         let header = ChunkHeader {
             recording,
@@ -80,7 +85,7 @@ impl Chain {
             raw_bytes: load.payload_bytes as u32,
             payload_hash: Hash::ZERO,
             previous: Hash::ZERO,
-            counts: [0; KINDS],
+            counts,
         };
         Ok(Chain { header, payloads, made: 0 })
     }
@@ -202,6 +207,9 @@ pub async fn store(command: BenchStore, format: Format) -> Result<u8> {
     let is_wanted = |part: &str| command.part.is_empty() || command.part.iter().any(|wanted| wanted == part);
     if is_wanted("peers") {
         for (number, (payload_bytes, window, target)) in LOADS.into_iter().enumerate() {
+            if command.load.is_some_and(|kib| kib << 10 != payload_bytes) {
+                continue;
+            }
             let load = Load { payload_bytes, window, seconds: command.seconds };
             against_peers(&mut rows, &dir.path().join(number.to_string()), &load, target).await?;
         }

@@ -114,7 +114,21 @@ fn columns(kind: Kind) -> &'static [Column] {
             Column("COMMITTED", "committed", false),
             Column("APPLIED", "applied", false),
             Column("JOURNAL", "journal_bytes", false),
+            Column("LIVE", "live_bytes", true),
+            Column("WISH", "wish", true),
+            Column("FULL", "full", true),
             Column("ADDRESS", "address", true),
+        ],
+        Kind::Shards => &[
+            Column("SHARD", "name", false),
+            Column("HOLDS", "holds", false),
+            Column("LEADER", "leader", false),
+            Column("VOTERS", "voters", false),
+            Column("LEARNERS", "learners", false),
+            Column("COMMITTED", "committed", false),
+            Column("APPLIED", "applied", false),
+            Column("TERM", "term", true),
+            Column("FIRST", "first", true),
         ],
     }
 }
@@ -141,11 +155,35 @@ async fn rows(cluster: &Cluster, kind: Kind) -> Result<Vec<Value>> {
             let row = |replica: v1::ReplicaRow| {
                 json!({ "name": format!("replica-{}", replica.id), "role": replica.role, "term": replica.term,
                         "committed": replica.committed, "applied": replica.applied,
-                        "journal_bytes": replica.journal_bytes, "address": replica.address })
+                        "journal_bytes": replica.journal_bytes, "live_bytes": replica.live_bytes,
+                        "wish": replica.wish, "full": replica.full, "address": replica.address })
             };
             cluster.store.replicas().await.into_iter().map(row).collect()
         }
+        Kind::Shards => shards(&cluster.store.replicas().await),
     })
+}
+
+/// Each shard as its leader sees it, and how far every replica is.
+fn shards(replicas: &[v1::ReplicaRow]) -> Vec<Value> {
+    let count = replicas.iter().map(|replica| replica.shards.len()).max().unwrap_or(0) as u32;
+    let of = |number: u32| {
+        let rows = replicas.iter().filter_map(move |replica| {
+            Some((replica.id, replica.shards.iter().find(|shard| shard.shard == number)?))
+        });
+        let rows: Vec<(u64, &v1::ShardRow)> = rows.collect();
+        let leader = rows.iter().find(|(_, shard)| shard.role == "leader").or(rows.first());
+        let (id, shard) = leader?;
+        let applied: Vec<String> = rows.iter().map(|(id, shard)| format!("{id}:{}", shard.applied)).collect();
+        let holds = if number == 0 { "members, jobs" } else { "recordings, blocks" };
+        Some(json!({
+            "name": number.to_string(), "holds": holds,
+            "leader": if shard.role == "leader" { json!(id) } else { Value::Null },
+            "term": shard.term, "committed": shard.committed, "first": shard.first,
+            "voters": shard.voters, "learners": shard.learners, "applied": applied.join(" "),
+        }))
+    };
+    (0..count).filter_map(of).collect()
 }
 
 /// What the coordinator refused.
@@ -210,7 +248,7 @@ pub async fn describe(cluster: &Cluster, command: Describe, format: Format) -> R
                 value["result"] = serde_json::from_slice(&job.result).unwrap_or_default();
             }
         }
-        Kind::Nodes | Kind::Replicas => {}
+        Kind::Nodes | Kind::Replicas | Kind::Shards => {}
     }
     // A table has no place for what is nested.
     let format = if matches!(format, Format::Table | Format::Wide) { Format::Yaml } else { format };

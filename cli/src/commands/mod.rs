@@ -13,6 +13,7 @@ pub mod record;
 pub mod record_qemu;
 pub mod recordings;
 pub mod replay;
+pub mod replica;
 pub mod transfer;
 
 use crate::args::{Args, Bench, Command, Record, Up};
@@ -54,6 +55,8 @@ pub async fn run(args: Args) -> Result<u8> {
         Command::Plot(command) => plot::run(&cluster, command).await,
         Command::Index(command) => index::run(&cluster, command, format).await,
         Command::Diff(command) => diff::run(&cluster, command, format).await,
+        Command::Replica(command) => replica::run(&cluster, command).await,
+        Command::Scrub(command) => replica::scrub(&cluster, command, format).await,
         Command::Export(command) => transfer::export(&cluster, command).await,
         Command::Import(command) => transfer::import(&cluster, command).await,
         Command::Demo(_)
