@@ -458,6 +458,7 @@ pub enum ReplicaCommand {
         /// Its id, which none had before, and where it listens: ID=URL.
         #[arg(value_name = "ID=URL")]
         replica: String,
+        /// How long to wait.
         #[command(flatten)]
         wait: Wait,
     },
@@ -465,6 +466,7 @@ pub enum ReplicaCommand {
     Remove {
         /// Which.
         id: u64,
+        /// How long to wait.
         #[command(flatten)]
         wait: Wait,
     },
@@ -472,6 +474,7 @@ pub enum ReplicaCommand {
     Drain {
         /// Which.
         id: u64,
+        /// How long to wait.
         #[command(flatten)]
         wait: Wait,
     },

@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result, anyhow, ensure};
 use bytes::Bytes;
-use heddle_proto::{Hash, RecordingId};
 use heddle_proto::manifest::{Image, MachineSpec};
+use heddle_proto::{Hash, RecordingId};
 use heddle_replay_engine::machine::loader::Images;
 use heddle_replay_engine::page_tree::BlockSource;
 use heddle_storage::StoreClient;

@@ -127,6 +127,7 @@ pub(crate) async fn append(
         epoch,
         chunk: chunk.bytes,
         rewrites,
+        more: vec![],
     };
     let requests: Vec<v1::AppendRequest> = chunks.into_iter().map(request).collect();
     if !requests.is_empty() {

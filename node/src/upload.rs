@@ -83,6 +83,7 @@ impl Uploader {
                     epoch: self.epoch,
                     chunk: chunk.bytes,
                     rewrites: false,
+                    more: vec![],
                 };
                 if sender.send(request).await.is_err() {
                     break;

@@ -9,8 +9,7 @@ use crate::command::{Command, Proposal};
 use crate::error::Error;
 use crate::journal::Location;
 use crate::schema::{
-    Chain, ChunkRow, Key, MemberRow, RecordingRow, RecordingState, SnapshotRow, Wish, chunks_of,
-    is_page_full,
+    Chain, ChunkRow, Key, MemberRow, RecordingRow, RecordingState, SnapshotRow, Wish, chunks_of, is_page_full,
 };
 use bytes::Bytes;
 use heddle_proto::chunk::HEADER_BYTES;
@@ -109,6 +108,7 @@ impl Entry<'_, '_> {
         match proposal.command {
             Command::Open { recording, token, fence } => self.open(recording, token, fence),
             Command::Append { recording, epoch } => self.append(recording, epoch),
+            Command::AppendMany { recording, epoch, lengths } => self.append_many(recording, epoch, &lengths),
             Command::Seal { recording, epoch, events, last_chunk, cut } => {
                 self.seal(recording, epoch, events, last_chunk, cut)
             }
@@ -247,6 +247,39 @@ impl Entry<'_, '_> {
             Ok(row) => row,
             Err(refusal) => return refused(refusal),
         };
+        let outcome = self.append_to(id, &mut row)?;
+        if !matches!(outcome, Outcome::Refused(_)) {
+            self.rows.put(&Key::recording(self.group, id), &row);
+        }
+        Ok(outcome)
+    }
+
+    /// The row is read and written once for all.
+    fn append_many(&mut self, id: RecordingId, epoch: u64, lengths: &[u32]) -> Result<Outcome, Error> {
+        let mut row = match self.writable(id, epoch)? {
+            Ok(row) => row,
+            Err(refusal) => return refused(refusal),
+        };
+        let (all, all_from) = (self.bulk.clone(), self.bulk_from);
+        if lengths.iter().map(|length| *length as usize).sum::<usize>() != all.len() {
+            return refused(Refusal::Invalid("the chunks' lengths are not the bulk's".into()));
+        }
+        let mut outcome = Outcome::Committed { events: row.chain.events };
+        let mut from = 0;
+        for length in lengths {
+            let to = from + *length as usize;
+            (self.bulk, self.bulk_from) = (all.slice(from..to), all_from + from);
+            from = to;
+            outcome = self.append_to(id, &mut row)?;
+            if matches!(outcome, Outcome::Refused(_)) {
+                break;
+            }
+        }
+        self.rows.put(&Key::recording(self.group, id), &row);
+        Ok(outcome)
+    }
+
+    fn append_to(&mut self, id: RecordingId, row: &mut RecordingRow) -> Result<Outcome, Error> {
         let (header, chunk_id) = match self.chunk_of(id) {
             Ok(found) => found,
             Err(refusal) => return refused(refusal),
@@ -275,7 +308,6 @@ impl Entry<'_, '_> {
             return refused(Refusal::Conflict(what));
         }
         self.push_chunk(b'c', id, &mut row.chain, &header, chunk_id)?;
-        self.rows.put(&Key::recording(self.group, id), &row);
         Ok(Outcome::Committed { events: row.chain.events })
     }
 

@@ -16,8 +16,8 @@ use heddle_proto::{Hash, RecordingId};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
-use tokio::sync::Notify;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use tokio::sync::Notify;
 
 /// Rows that are read from disk at a time.
 const STEP: usize = 512;
@@ -86,12 +86,7 @@ impl Catalog {
     }
 
     /// The rows from `from` to `to`, both included, at most about `limit`, and where to go on.
-    pub fn range(
-        &self,
-        from: &[u8],
-        to: &[u8],
-        limit: usize,
-    ) -> Result<(Vec<Row>, Option<Vec<u8>>), Error> {
+    pub fn range(&self, from: &[u8], to: &[u8], limit: usize) -> Result<(Vec<Row>, Option<Vec<u8>>), Error> {
         range_in(&*self.rows, &self.read(), from, to, limit)
     }
 

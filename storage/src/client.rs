@@ -1,18 +1,18 @@
 //! The store's client: finds the leader, retries what is safe, checks what it gets.
 
 use crate::channel::{MESSAGE_BYTES_MAX, connect, is_transient};
+use crate::placement::block_shard;
 use crate::service::{BLOCK_BYTES_MAX, LEADER_KEY, compress_block};
 use bytes::Bytes;
 use heddle_proto::compress::decompress;
 use heddle_proto::v1::log_store_client::LogStoreClient;
 use heddle_proto::{Chunk, Hash, RecordingId, v1};
-use crate::placement::block_shard;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::future::Future;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use tokio::task::JoinSet;
 use std::time::Duration;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
@@ -329,14 +329,17 @@ impl StoreClient {
 
     /// All recordings.
     pub async fn list(&self) -> Result<Vec<v1::RecordingRow>, StoreError> {
-        let reply = self.call(Route::Shard(0), |mut client| async move { client.list(v1::ListRequest {}).await }).await?;
+        let reply = self
+            .call(Route::Shard(0), |mut client| async move { client.list(v1::ListRequest {}).await })
+            .await?;
         Ok(reply.recordings)
     }
 
     /// One recording.
     pub async fn get(&self, id: RecordingId) -> Result<v1::RecordingRow, StoreError> {
-        self.call(id, |mut client| async move { client.get(v1::GetRequest { recording: id.to_vec().into() }).await },
-        )
+        self.call(id, |mut client| async move {
+            client.get(v1::GetRequest { recording: id.to_vec().into() }).await
+        })
         .await
     }
 
@@ -440,8 +443,7 @@ impl StoreClient {
             let request = request.clone();
             async move { client.pin_blocks(request).await }
         };
-        let missing: HashSet<Bytes> =
-            self.call(Route::Shard(shard), pin).await?.hashes.into_iter().collect();
+        let missing: HashSet<Bytes> = self.call(Route::Shard(shard), pin).await?.hashes.into_iter().collect();
         let wanted: Vec<(Hash, Bytes)> =
             group.into_iter().filter(|(hash, _)| missing.contains(&hash.0[..])).collect();
         if wanted.is_empty() {

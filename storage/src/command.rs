@@ -39,6 +39,16 @@ pub enum Command {
         /// The writer's epoch.
         epoch: u64,
     },
+    /// Bulk: chunks of these lengths, one behind the other. If one is refused, those before
+    /// it stand.
+    AppendMany {
+        /// Which.
+        recording: RecordingId,
+        /// The writer's epoch.
+        epoch: u64,
+        /// Bytes of each.
+        lengths: Vec<u32>,
+    },
     /// Fixes the end.
     Seal {
         /// Which.

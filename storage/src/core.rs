@@ -342,8 +342,8 @@ impl Core {
         let planted = self.config.planted;
         let Some(group) = self.groups.get_mut(id as usize) else { return Ok(()) };
         let metadata = message.get_snapshot().get_metadata();
-        let is_stale = metadata.index <= group.node.raft.raft_log.committed
-            || message.term < group.node.raft.term;
+        let is_stale =
+            metadata.index <= group.node.raft.raft_log.committed || message.term < group.node.raft.term;
         if is_stale && planted != Planted::SnapshotOverNewerLog {
             self.with_group(id, |group, draw| group.step(message, draw));
             return Ok(());
@@ -412,9 +412,9 @@ impl Core {
 
     fn send(&mut self, group: u32, messages: Vec<Message>) {
         self.outputs.extend(
-            messages
-                .into_iter()
-                .map(|message| Output::Send(message.to, Envelope::Raft { group, message: Box::new(message) })),
+            messages.into_iter().map(|message| {
+                Output::Send(message.to, Envelope::Raft { group, message: Box::new(message) })
+            }),
         );
     }
 
@@ -427,7 +427,10 @@ impl Core {
             if group.leads() && group.node.store().take_asked() {
                 self.views_asked.insert(id);
             }
-            let pull = group.fetch.as_mut().and_then(|fetch| Some((fetch.message.from, fetch.pull(id, now, false)?)));
+            let pull = group
+                .fetch
+                .as_mut()
+                .and_then(|fetch| Some((fetch.message.from, fetch.pull(id, now, false)?)));
             self.outputs.extend(pull.map(|(from, pull)| Output::Send(from, pull)));
         }
         let old: Vec<u32> =
@@ -462,8 +465,10 @@ impl Core {
         let is_old = self.now - self.last_flush >= self.config.flush_ticks && rows > 0;
         let due = self.config.checkpoint_bytes.max(CHECKPOINT_RATIO * self.checkpoint_size);
         let is_checkpoint = (self.since_checkpoint >= due || self.is_checkpoint_wanted) && !self.is_full;
-        let views: Vec<u32> =
-            std::mem::take(&mut self.views_asked).into_iter().filter(|id| !self.views.contains_key(id)).collect();
+        let views: Vec<u32> = std::mem::take(&mut self.views_asked)
+            .into_iter()
+            .filter(|id| !self.views.contains_key(id))
+            .collect();
         let is_due = rows >= self.config.flush_rows || bytes > 8 << 20 || is_old;
         if !is_due && !is_checkpoint && views.is_empty() {
             return;
@@ -474,7 +479,8 @@ impl Core {
         let views = views.into_iter().map(|id| (id, self.groups[id as usize].row())).collect();
         let mut job = Job { changes, views, victims: BTreeSet::new(), checkpoint: None };
         if is_checkpoint {
-            let rows: Vec<(u32, GroupRow)> = self.groups.iter().map(|group| (group.id, group.row())).collect();
+            let rows: Vec<(u32, GroupRow)> =
+                self.groups.iter().map(|group| (group.id, group.row())).collect();
             let current = self.segments.current();
             let first_behind = |group: &Group| group.node.store().segment_from(group.applied.0 + 1);
             let scan_from = self.groups.iter().filter_map(first_behind).fold(current, u64::min);
@@ -526,8 +532,7 @@ impl Core {
             let _ = conf.merge_from_bytes(&row.conf);
             let group = &mut self.groups[id as usize];
             group.node.mut_store().set_offer(Some((row.applied, row.term, conf.clone())));
-            let view =
-                View { index: row.applied, term: row.term, conf, rows: rows.into(), used: self.now };
+            let view = View { index: row.applied, term: row.term, conf, rows: rows.into(), used: self.now };
             self.views.insert(id, view);
         }
         if !kept.moved_rows.is_empty() {

@@ -80,10 +80,11 @@ impl Disk for Directory {
         let fill = || {
             File::create(&part)?;
             let file = RealFile::open(&part)?;
-            let zeros = vec![0; ZEROS];
+            let mut zeros = Aligned::default();
+            let zeros = zeros.gather(&[IoSlice::new(&vec![0; ZEROS])]);
             for at in (0..bytes).step_by(ZEROS) {
                 let n = (bytes - at).min(ZEROS as u64) as usize;
-                file.write(&[IoSlice::new(&zeros[..n])], at)?;
+                file.write_aligned(&zeros[..n], at)?;
             }
             file.file.sync_all()
         };
@@ -164,6 +165,15 @@ impl RealFile {
         let direct = options().custom_flags(OFlags::DIRECT.bits() as i32).open(path).ok();
         Ok(RealFile { file, direct, buffer: Mutex::default() })
     }
+
+    /// Writes bytes that lie aligned in memory; directly, if they are in the file, too.
+    fn write_aligned(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        let is_aligned = bytes.len() % ALIGNMENT == 0 && at % ALIGNMENT as u64 == 0;
+        match &self.direct {
+            Some(direct) if is_aligned => direct.write_all_at(bytes, at),
+            _ => self.file.write_all_at(bytes, at),
+        }
+    }
 }
 
 impl DiskFile for RealFile {
@@ -177,12 +187,7 @@ impl DiskFile for RealFile {
 
     fn write(&self, parts: &[IoSlice<'_>], at: u64) -> io::Result<()> {
         let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes = buffer.gather(parts);
-        let is_aligned = bytes.len() % ALIGNMENT == 0 && at % ALIGNMENT as u64 == 0;
-        match &self.direct {
-            Some(direct) if is_aligned => direct.write_all_at(bytes, at),
-            _ => self.file.write_all_at(bytes, at),
-        }
+        self.write_aligned(buffer.gather(parts), at)
     }
 
     fn sync(&self) -> io::Result<()> {

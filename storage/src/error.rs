@@ -17,7 +17,9 @@ pub enum Error {
         source: std::io::Error,
     },
     /// No room for the next segment. Nothing was written; it can be tried again.
-    #[error("no room for {path}: {needed} bytes are needed. Free some, or delete recordings; appends go on then")]
+    #[error(
+        "no room for {path}: {needed} bytes are needed. Free some, or delete recordings; appends go on then"
+    )]
     Full {
         /// The segment.
         path: PathBuf,

@@ -2,8 +2,8 @@
 
 use crate::apply::{Entry as Applying, Outcome, Planted, Refusal};
 use crate::catalog::Catalog;
-use crate::core::CoreConfig;
 use crate::command::{self, ENTRY_BYTES, Proposal};
+use crate::core::CoreConfig;
 use crate::error::Error;
 use crate::install::Fetch;
 use crate::journal::{Frame, Location};
@@ -227,7 +227,8 @@ impl Group {
 
     /// The planted fault: what a majority has is taken for committed, whatever its term.
     fn commit_by_count_alone(&mut self) {
-        let mut matched: Vec<u64> = self.node.raft.prs().iter().map(|(_, progress)| progress.matched).collect();
+        let mut matched: Vec<u64> =
+            self.node.raft.prs().iter().map(|(_, progress)| progress.matched).collect();
         matched.sort_unstable();
         let index = matched.get((matched.len() - 1) / 2).copied().unwrap_or(0);
         let index = index.min(self.node.raft.raft_log.last_index());
@@ -415,7 +416,8 @@ impl Group {
         catalog: &Catalog,
         round: &mut Round,
     ) -> Result<(), Error> {
-        let last_change = committed.iter().rev().find(|entry| entry.get_entry_type() != EntryType::EntryNormal);
+        let last_change =
+            committed.iter().rev().find(|entry| entry.get_entry_type() != EntryType::EntryNormal);
         let commit = self.node.raft.raft_log.committed;
         let must_write = last_change.is_some_and(|entry| entry.index > self.durable_commit);
         if must_write {

@@ -143,7 +143,10 @@ impl Fetch {
     /// Takes a page; the frames that hold its bytes. `None` if it is not the one to come.
     pub fn take(&mut self, page: Page) -> Option<Vec<Frame>> {
         let is_next = page.index == self.at().0 && page.from == self.rows.len() as u64;
-        if !is_next || !self.writing.is_empty() || self.is_installing || self.total.is_some_and(|t| t != page.total)
+        if !is_next
+            || !self.writing.is_empty()
+            || self.is_installing
+            || self.total.is_some_and(|t| t != page.total)
         {
             return None;
         }
@@ -151,9 +154,10 @@ impl Fetch {
         let is_sound = page.rows.iter().all(|row| {
             locations(&row.key, &row.value).is_ok_and(|named| {
                 named.len() == row.parts.len()
-                    && named.iter().zip(&row.parts).all(|(at, part)| {
-                        at.bytes as usize == part.len() && crc32c::crc32c(part) == at.crc
-                    })
+                    && named
+                        .iter()
+                        .zip(&row.parts)
+                        .all(|(at, part)| at.bytes as usize == part.len() && crc32c::crc32c(part) == at.crc)
             })
         });
         if !is_sound {
@@ -226,7 +230,8 @@ pub fn decode_rows(bytes: &[u8]) -> Result<Vec<Row>, Error> {
     let mut rows = vec![];
     while !rest.is_empty() {
         let (lengths, behind) = rest.split_first_chunk::<8>().ok_or_else(short)?;
-        let length = |at: usize| u32::from_le_bytes(lengths[at..at + 4].try_into().expect("4 bytes")) as usize;
+        let length =
+            |at: usize| u32::from_le_bytes(lengths[at..at + 4].try_into().expect("4 bytes")) as usize;
         let (key, value) = (length(0), length(4));
         let bytes = behind.get(..key + value).ok_or_else(short)?;
         rows.push((bytes[..key].to_vec(), bytes[key..].to_vec()));
@@ -245,7 +250,8 @@ pub fn checkpoint_frames(
     let mut frames = vec![];
     let mut part: Vec<Row> = vec![];
     let mut bytes = 0;
-    let frame = |kind, data: Vec<u8>| Frame { kind, group, term: row.term, index: row.applied, data: data.into() };
+    let frame =
+        |kind, data: Vec<u8>| Frame { kind, group, term: row.term, index: row.applied, data: data.into() };
     for (key, value) in rows {
         bytes += key.len() + value.len();
         part.push((key, value));

@@ -38,7 +38,7 @@ pub const SEGMENT_BYTES: u64 = 64 << 20;
 /// Length of a store's first segment.
 const FIRST_SEGMENT_BYTES: u64 = 16 << 20;
 /// Recycled files that are kept for the next segments; the others go back to the file system.
-const POOL_MAX: usize = 4;
+const POOL_MAX: usize = 12;
 
 /// Where bytes lie in the journal, and their CRC32C.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -375,11 +375,7 @@ impl Journal {
             hard_states: self.hard_states.iter().map(|(group, (t, v, c))| (*group, *t, *v, *c)).collect(),
         };
         self.number += 1;
-        self.segments
-            .files
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(self.number, file.clone());
+        self.segments.files.write().unwrap_or_else(PoisonError::into_inner).insert(self.number, file.clone());
         self.capacity = file.len().at("look at", &self.segments.disk.path(&segment_name(self.number)))?;
         (self.file, self.end, self.is_closed) = (file, BLOCK as u64, false);
         self.segments.current.store(self.number, Ordering::Release);

@@ -1,8 +1,8 @@
 //! A replica's threads: the core takes inputs and ticks, the writer writes the journal, the
 //! keeper looks after rows. Messages of a leader go out while its own write is under way.
 
-use crate::core::{Core, CoreConfig, Envelope, Input, Output, Status};
 use crate::command::Proposal;
+use crate::core::{Core, CoreConfig, Envelope, Input, Output, Status};
 use crate::disk::Directory;
 use crate::error::Error;
 use crate::group::{Answer, NotDone};
@@ -13,8 +13,8 @@ use crate::rows::SledRows;
 use crate::transport::Outbound;
 use crate::writer::{Waiter, Writer};
 use std::path::Path;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
@@ -158,22 +158,29 @@ impl Opened {
         spawn("writer", Box::new(move || write_loop(journal, &writes, &write_inputs)))?;
         let (sink, kept, keeper_catalog, keeper_segments) =
             (writer.clone(), handle.clone(), catalog.clone(), segments.clone());
-        spawn("keeper", Box::new(move || {
-            let mut sink = sink;
-            for job in jobs {
-                match keeper::run(&job, &keeper_catalog, &keeper_segments, &mut sink) {
-                    Ok(done) => kept.send(Input::Kept(Box::new(done))),
-                    Err(Error::Stopped) => return Ok(()),
-                    Err(error) => return Err(error),
+        spawn(
+            "keeper",
+            Box::new(move || {
+                let mut sink = sink;
+                for job in jobs {
+                    match keeper::run(&job, &keeper_catalog, &keeper_segments, &mut sink) {
+                        Ok(done) => kept.send(Input::Kept(Box::new(done))),
+                        Err(Error::Stopped) => return Ok(()),
+                        Err(error) => return Err(error),
+                    }
                 }
-            }
-            Ok(())
-        }))?;
+                Ok(())
+            }),
+        )?;
         let (core_segments, core_writes) = (segments.clone(), to_write);
-        spawn("raft", Box::new(move || {
-            let loop_ = CoreLoop { core, outbound, writes: core_writes, jobs: to_keep, segments: core_segments };
-            loop_.run(&inputs)
-        }))?;
+        spawn(
+            "raft",
+            Box::new(move || {
+                let loop_ =
+                    CoreLoop { core, outbound, writes: core_writes, jobs: to_keep, segments: core_segments };
+                loop_.run(&inputs)
+            }),
+        )?;
         Ok((Shared { handle, catalog, segments, writer }, threads))
     }
 }
@@ -246,11 +253,12 @@ fn write_loop(journal: Journal, writes: &Receiver<ToWrite>, inputs: &Handle) -> 
     let mut was_full = false;
     loop {
         let wait = if writer.is_idle() && !was_full { IDLE } else { FULL_RETRY };
-        let mut next = match writes.recv_timeout(if writer.is_idle() || was_full { wait } else { Duration::ZERO }) {
-            Ok(next) => Some(next),
-            Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => return Ok(()),
-        };
+        let mut next =
+            match writes.recv_timeout(if writer.is_idle() || was_full { wait } else { Duration::ZERO }) {
+                Ok(next) => Some(next),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            };
         if next.is_none() && writer.is_idle() {
             writer.journal.mark()?;
         }

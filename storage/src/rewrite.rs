@@ -4,8 +4,8 @@
 //! one step. The first names the last of the old, so the chain leads on from there.
 
 use crate::apply::{Entry, Outcome, Refusal, refused};
-use crate::schema::{Chain, Key, RecordingState, chunks_of};
 use crate::error::Error;
+use crate::schema::{Chain, Key, RecordingState, chunks_of};
 use heddle_proto::{Hash, RecordingId};
 
 impl Entry<'_, '_> {
@@ -72,7 +72,8 @@ impl Entry<'_, '_> {
             return refused(Refusal::Conflict("the chunks written anew are not the recording's".into()));
         }
         let waiting = self.rows.scan(Key::span_of(self.group, b'w', &id.0))?;
-        let held: u64 = waiting.iter().flat_map(|(_, page)| chunks_of(page)).map(|c| u64::from(c.events)).sum();
+        let held: u64 =
+            waiting.iter().flat_map(|(_, page)| chunks_of(page)).map(|c| u64::from(c.events)).sum();
         let count = waiting.iter().flat_map(|(_, page)| chunks_of(page)).count();
         if count as u64 != new.chunks || held != row.chain.events {
             return refused(Refusal::Conflict("some of the chunks written anew are not there".into()));

@@ -42,9 +42,10 @@ async fn run(
                 report.bytes += u64::from(at.bytes);
                 if reader.segments.read(at).is_err() {
                     // A row that has changed meanwhile names other bytes.
-                    let is_still = reader.catalog.raw(&key)?.is_some_and(|now| {
-                        locations(&key, &now).is_ok_and(|places| places.contains(&at))
-                    });
+                    let is_still = reader
+                        .catalog
+                        .raw(&key)?
+                        .is_some_and(|now| locations(&key, &now).is_ok_and(|places| places.contains(&at)));
                     if is_still {
                         report.damaged += 1;
                         report.mended += u64::from(reader.read(&key, at).await.is_ok());

@@ -80,12 +80,10 @@ impl Replica {
         let Identity { voters, incarnation, shards, .. } = check_identity(&config)?;
         let known = Arc::new(KnownPeers::open(&config.dir)?);
         let groups = shards + 1;
-        let opened =
-            replica::open(&config.dir, CoreConfig::new(config.id, rand::random()), groups, &voters)?;
+        let opened = replica::open(&config.dir, CoreConfig::new(config.id, rand::random()), groups, &voters)?;
         let handle = opened.handle();
         let addresses: Vec<String> = config.peers.values().cloned().collect();
-        let outbound =
-            Outbound::new(config.cluster, (config.id, incarnation), config.peers, handle.clone());
+        let outbound = Outbound::new(config.cluster, (config.id, incarnation), config.peers, handle.clone());
         outbound.update(&opened.catalog().members()?);
         let known_addresses = outbound.addresses();
         let (stopping, stopped) = watch::channel(None);

@@ -2,11 +2,11 @@
 
 use crate::apply::{Outcome, Refusal};
 use crate::catalog::Catalog;
+use crate::client::StoreClient;
 use crate::command::{BULK_BYTES_MAX, Command, Proposal};
 use crate::error::Error;
 use crate::group::{Answer, NotDone};
 use crate::mend::Reader;
-use crate::client::StoreClient;
 use crate::placement::{block_shard, placement};
 use crate::replica::Handle;
 use crate::schema::{BlockRow, Key, RecordingRow, RecordingState, Wish};
@@ -133,7 +133,12 @@ impl StoreService {
             .ok_or_else(|| Status::not_found(format!("no recording {id}")))
     }
 
-    async fn describe(&self, shard: u32, id: RecordingId, row: RecordingRow) -> Result<v1::RecordingRow, Status> {
+    async fn describe(
+        &self,
+        shard: u32,
+        id: RecordingId,
+        row: RecordingRow,
+    ) -> Result<v1::RecordingRow, Status> {
         let snapshots = self.catalog.snapshots(shard, id).map_err(internal)?;
         let key = Key::recording(shard, id);
         Ok(v1::RecordingRow {
@@ -527,10 +532,7 @@ impl LogStore for StoreService {
         Ok(Response::new(v1::SetMemberReply {}))
     }
 
-    async fn scrub(
-        &self,
-        request: Request<v1::ScrubRequest>,
-    ) -> Result<Response<Self::ScrubStream>, Status> {
+    async fn scrub(&self, request: Request<v1::ScrubRequest>) -> Result<Response<Self::ScrubStream>, Status> {
         let rate = request.into_inner().bytes_per_second;
         let (reports, stream) = mpsc::channel(4);
         let reader = self.reader.clone();

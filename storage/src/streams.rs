@@ -6,6 +6,7 @@ use crate::core::Input;
 use crate::group::{Answer, NotDone};
 use crate::schema::RecordingState;
 use crate::service::{ReplyStream, StoreService, internal, recording_id};
+use bytes::{Bytes, BytesMut};
 use heddle_proto::{Chunk, RecordingId, v1};
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
@@ -17,6 +18,9 @@ use tonic::{Status, Streaming};
 const CREDIT_BYTES: u64 = 16 << 20;
 /// Chunks one append stream may have in flight.
 const IN_FLIGHT: usize = 1024;
+/// Further chunks in one request, and bytes of all of them.
+const MORE_MAX: usize = 4095;
+const MORE_BYTES_MAX: usize = 1 << 20;
 /// Chunks that are read ahead of who takes them.
 const READ_AHEAD: usize = 4;
 /// A follower looks for what is new after so long, at the latest.
@@ -25,7 +29,10 @@ const FOLLOW: Duration = Duration::from_secs(1);
 type Pending = (oneshot::Receiver<Answer>, OwnedSemaphorePermit);
 
 impl StoreService {
-    pub(crate) fn append_stream(&self, requests: Streaming<v1::AppendRequest>) -> ReplyStream<v1::AppendReply> {
+    pub(crate) fn append_stream(
+        &self,
+        requests: Streaming<v1::AppendRequest>,
+    ) -> ReplyStream<v1::AppendReply> {
         let (replies, stream) = mpsc::channel(16);
         let (sender, proposed) = mpsc::channel::<Pending>(IN_FLIGHT);
         let (service, failed) = (self.clone(), replies.clone());
@@ -62,17 +69,35 @@ impl StoreService {
             _ => self.shard_of(recording, false).await?,
         };
         *place = Some((recording, shard));
-        let permit = self.reserve(request.chunk.len()).await?;
+        let bytes = request.chunk.len() + request.more.iter().map(Bytes::len).sum::<usize>();
+        let is_too_much = request.more.len() > MORE_MAX || bytes > MORE_BYTES_MAX || request.rewrites;
+        if !request.more.is_empty() && is_too_much {
+            let what =
+                format!("at most {MORE_MAX} chunks of {MORE_BYTES_MAX} bytes at a time, none to rewrite");
+            return Err(Status::invalid_argument(what));
+        }
+        let permit = self.reserve(bytes).await?;
         // Header, length and payload hash, before anything is proposed.
-        let chunk =
-            Chunk::parse(request.chunk).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let parse = |bytes| Chunk::parse(bytes).map_err(|error| Status::invalid_argument(error.to_string()));
         let epoch = request.epoch;
-        let command = match request.rewrites {
-            false => Command::Append { recording, epoch },
-            true => Command::Rewrite { recording, epoch },
+        let first = parse(request.chunk)?;
+        let (command, bulk) = if request.rewrites {
+            (Command::Rewrite { recording, epoch }, first.bytes)
+        } else if request.more.is_empty() {
+            (Command::Append { recording, epoch }, first.bytes)
+        } else {
+            let mut all = BytesMut::with_capacity(bytes);
+            let mut lengths = vec![first.bytes.len() as u32];
+            all.extend_from_slice(&first.bytes);
+            for more in request.more {
+                let chunk = parse(more)?;
+                lengths.push(chunk.bytes.len() as u32);
+                all.extend_from_slice(&chunk.bytes);
+            }
+            (Command::AppendMany { recording, epoch, lengths }, all.freeze())
         };
         let (answer, receiver) = oneshot::channel();
-        self.replica.send(Input::Propose(shard, Proposal { command, bulk: chunk.bytes }, answer));
+        self.replica.send(Input::Propose(shard, Proposal { command, bulk }, answer));
         Ok((receiver, permit))
     }
 

@@ -337,7 +337,13 @@ fn decode(message: GroupMessage, from: u64, to: u64, groups: u32) -> Result<Enve
         };
         let rows: Option<Vec<PageRow>> = page.rows.into_iter().map(row).collect();
         let rows = rows.ok_or_else(|| bad("a row of another group, or too long"))?;
-        return Ok(Envelope::Page(Page { group, index: page.index, from: page.from, rows, total: page.total }));
+        return Ok(Envelope::Page(Page {
+            group,
+            index: page.index,
+            from: page.from,
+            rows,
+            total: page.total,
+        }));
     }
     let mut decoded = Message::parse_from_bytes(&message.raft).map_err(|e| bad(&e.to_string()))?;
     if decoded.entries.len() != message.entries.len() {

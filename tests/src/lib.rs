@@ -245,6 +245,7 @@ pub async fn append(store: &StoreClient, epoch: u64, chunks: &[Chunk]) -> Result
             epoch,
             chunk: chunk.bytes.clone(),
             rewrites: false,
+            more: vec![],
         })
         .collect();
     let (Some(first), Some(last)) = (chunks.first(), chunks.last()) else { return Ok(0) };

@@ -14,7 +14,10 @@ fn events(count: u64) -> Vec<Event> {
 }
 
 /// Recordings with blocks of their own, sealed.
-async fn fill(store: &StoreClient, count: usize) -> Vec<(RecordingId, Vec<Chunk>, Vec<(Hash, bytes::Bytes)>)> {
+async fn fill(
+    store: &StoreClient,
+    count: usize,
+) -> Vec<(RecordingId, Vec<Chunk>, Vec<(Hash, bytes::Bytes)>)> {
     let mut random = StdRng::seed_from_u64(count as u64);
     let mut all = vec![];
     for _ in 0..count {
@@ -111,9 +114,10 @@ async fn rotten_bytes_are_mended_from_another_replica() {
     let content = std::fs::read(&segment).unwrap();
     let mut rotten = 0;
     for (_, chunks, _) in &all {
-        let payload = &chunks[3].bytes[200..];
-        let at = content.windows(payload.len()).position(|window| window == payload).expect("it is stored");
-        file.write_all_at(&[content[at + 5] ^ 0x20], at as u64 + 5).unwrap();
+        let chunk = &chunks[3].bytes[..];
+        let at = content.windows(chunk.len()).position(|window| window == chunk).expect("it is stored");
+        let at = at + chunk.len() - 5;
+        file.write_all_at(&[content[at] ^ 0x20], at as u64).unwrap();
         rotten += 1;
     }
     // The first is asked for, and mended on the way.

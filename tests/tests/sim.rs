@@ -9,7 +9,11 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Runs seeds on two threads until `stop` says so of an outcome; what was found, and seen.
-fn seeds(count: u64, planted: Planted, stop_at_first: bool) -> (BTreeMap<u64, String>, BTreeMap<String, u64>) {
+fn seeds(
+    count: u64,
+    planted: Planted,
+    stop_at_first: bool,
+) -> (BTreeMap<u64, String>, BTreeMap<String, u64>) {
     let next = AtomicU64::new(0);
     let (found, seen) = (Mutex::new(BTreeMap::new()), Mutex::new(BTreeMap::new()));
     std::thread::scope(|scope| {
@@ -38,12 +42,14 @@ fn seeds(count: u64, planted: Planted, stop_at_first: bool) -> (BTreeMap<u64, St
 fn nothing_promised_is_lost_under_any_seed() {
     let count = count(200, 4000);
     let (found, seen) = seeds(count, Planted::None, false);
-    let shown: Vec<String> = found.iter().take(5).map(|(seed, what)| format!("seed {seed}: {what}")).collect();
+    let shown: Vec<String> =
+        found.iter().take(5).map(|(seed, what)| format!("seed {seed}: {what}")).collect();
     let again = "one alone: cargo run --release -p heddle-tests --bin sim -- --seeds 1 --from SEED";
     assert!(found.is_empty(), "{} of {count} seeds: {}; {again}", found.len(), shown.join("\n"));
     println!("{count} seeds: {seen:?}");
     // A run in which nothing goes wrong shows nothing.
-    for what in ["crashes", "failed disks", "full disks", "partitions", "replicas added", "replicas removed"] {
+    for what in ["crashes", "failed disks", "full disks", "partitions", "replicas added", "replicas removed"]
+    {
         assert!(seen.get(what).is_some_and(|n| *n > 0), "no {what}");
     }
     assert!(seen["looks at a snapshot on its way"] > 0);

@@ -60,8 +60,13 @@ async fn epochs_duplicates_gaps_and_conflicts() {
     // A damaged chunk is refused before it is proposed.
     let mut bytes = all[6].bytes.to_vec();
     bytes[300] ^= 1;
-    let request =
-        v1::AppendRequest { recording: id.to_vec().into(), epoch: 2, chunk: bytes.into(), rewrites: false };
+    let request = v1::AppendRequest {
+        recording: id.to_vec().into(),
+        epoch: 2,
+        chunk: bytes.into(),
+        rewrites: false,
+        more: vec![],
+    };
     let reply = store.leader(id).unwrap().append(tokio_stream::iter([request])).await;
     let status = match reply {
         Ok(reply) => reply.into_inner().message().await.unwrap_err(),
@@ -97,7 +102,8 @@ async fn a_sealed_recording_is_written_anew_and_stays_the_same() {
     let begun = builder.take().unwrap();
     let rewriting = |chunk: &Chunk| {
         let recording = id.to_vec().into();
-        let request = v1::AppendRequest { recording, epoch, chunk: chunk.bytes.clone(), rewrites: true };
+        let request =
+            v1::AppendRequest { recording, epoch, chunk: chunk.bytes.clone(), rewrites: true, more: vec![] };
         let client = store.leader(id);
         async move {
             let reply = client.unwrap().append(tokio_stream::iter([request])).await;

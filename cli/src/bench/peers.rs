@@ -110,8 +110,6 @@ impl Timing {
 /// What was acknowledged within the measured seconds.
 #[derive(Clone, Debug)]
 pub struct Measured {
-    /// Operations.
-    pub ops: u64,
     /// Their payloads' bytes.
     pub bytes: u64,
     /// The measured seconds.
@@ -125,7 +123,7 @@ impl Measured {
     pub fn new(load: &Load, latencies_ms: Vec<f64>) -> Result<Measured> {
         ensure!(!latencies_ms.is_empty(), "nothing was acknowledged within {} s", load.seconds);
         let ops = latencies_ms.len() as u64;
-        Ok(Measured { ops, bytes: ops * load.payload_bytes as u64, seconds: load.seconds, latencies_ms })
+        Ok(Measured { bytes: ops * load.payload_bytes as u64, seconds: load.seconds, latencies_ms })
     }
 
     /// Payload bytes a second, in millions.
@@ -155,7 +153,7 @@ mod tests {
         let measured = Measured::new(&LOAD, (1..=200).rev().map(f64::from).collect()).unwrap();
         let ranks = [0.0, 50.0, 99.0, 100.0, 200.0].map(|p| measured.percentile(p));
         assert_eq!(ranks, [1.0, 100.0, 198.0, 200.0, 200.0]);
-        assert_eq!((measured.ops, measured.bytes, measured.mb_per_second()), (200, 200_000, 0.1));
+        assert_eq!((measured.bytes, measured.mb_per_second()), (200_000, 0.1));
         assert!(Measured::new(&LOAD, vec![]).is_err());
     }
 

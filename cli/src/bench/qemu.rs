@@ -184,7 +184,8 @@ pub async fn qemu(command: BenchQemu, format: Format) -> Result<u8> {
     })
     .await?;
     let client = Cluster::in_dir(cluster.dir())?;
-    let mut bench = Bench { command: &command, cluster, client, dir: dir.path().into(), rows: Rows::default() };
+    let mut bench =
+        Bench { command: &command, cluster, client, dir: dir.path().into(), rows: Rows::default() };
     let computing = format!("rounds={}", command.rounds);
     let idle = format!("rounds=2 idle={}", command.idle);
     let is_wanted = |part: &str| command.part.is_empty() || command.part.iter().any(|wanted| wanted == part);
@@ -250,7 +251,14 @@ fn parallel(bench: &mut Bench, computing: &str, idle: &str) -> Result<()> {
         "for information",
     );
     let spans = bench.replay("in-spans", 8)?;
-    bench.rows.row("computing guest, spans", spans.wall, "QEMU rr=replay, serial", serial.wall, "s", "<= 0.60");
+    bench.rows.row(
+        "computing guest, spans",
+        spans.wall,
+        "QEMU rr=replay, serial",
+        serial.wall,
+        "s",
+        "<= 0.60",
+    );
     bench.rows.row(
         "computing guest, spans' CPU",
         spans.cpu,
@@ -265,7 +273,14 @@ fn parallel(bench: &mut Bench, computing: &str, idle: &str) -> Result<()> {
     bench.record("idle", idle, &[])?;
     bench.index("idle", 7)?;
     let spans = bench.replay("idle", 8)?;
-    bench.rows.row("idle guest, spans", spans.wall, "QEMU rr=replay on one core", pinned.wall, "s", "<= 0.58");
+    bench.rows.row(
+        "idle guest, spans",
+        spans.wall,
+        "QEMU rr=replay on one core",
+        pinned.wall,
+        "s",
+        "<= 0.58",
+    );
     bench.rows.row(
         "idle guest, spans",
         spans.wall,

@@ -30,7 +30,8 @@ pub async fn run(cluster: &Cluster, command: ReplicaCommand) -> Result<u8> {
                 return Err(coded(USAGE, "it is the last replica: nothing would be left"));
             }
             store.set_member(id, "", "removed").await?;
-            let is_gone = |shard: &v1::ShardRow, _| !shard.voters.contains(&id) && !shard.learners.contains(&id);
+            let is_gone =
+                |shard: &v1::ShardRow, _| !shard.voters.contains(&id) && !shard.learners.contains(&id);
             until(cluster, wait.timeout, "it is out of", is_gone).await
         }
         ReplicaCommand::Drain { id, wait } => {
@@ -56,7 +57,8 @@ async fn until(
     loop {
         let replicas = cluster.store.replicas().await;
         let all = replicas.iter().map(|replica| replica.shards.len()).max().unwrap_or(0);
-        let led = replicas.iter().flat_map(|replica| replica.shards.iter().map(move |shard| (replica.id, shard)));
+        let led =
+            replicas.iter().flat_map(|replica| replica.shards.iter().map(move |shard| (replica.id, shard)));
         let led = led.filter(|(_, shard)| shard.role == "leader");
         let done = led.filter(|(leader, shard)| holds(shard, *leader)).count();
         if said != Some(done) {

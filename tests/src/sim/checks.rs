@@ -10,7 +10,7 @@ use heddle_storage::core::Core;
 use heddle_storage::journal::Location;
 use heddle_storage::placement::{block_shard, placement};
 use heddle_storage::schema::{BlockRow, Key, RecordingRow, RecordingState, Wish, relocated};
-use raft::{Storage as _, StateRole};
+use raft::{StateRole, Storage as _};
 use std::collections::BTreeMap;
 
 /// What was seen so far.
@@ -61,7 +61,20 @@ impl Checks {
             let commit = raft.raft_log.committed;
             if std::env::var_os("TRACE").is_some_and(|g| g.to_str() == Some(&group.id.to_string())) {
                 let log = group.node.store();
-                eprintln!("{} r{} l{} {:?} t{} c{} last{} applied{} before{:?} conf{:?} fetch{}", world.now, replica.id, replica.life, raft.state, raft.term, commit, raft.raft_log.last_index(), group.applied.0, log.before(), (&log.conf_state().voters, &log.conf_state().voters_outgoing, &log.conf_state().learners), group.fetch.is_some());
+                eprintln!(
+                    "{} r{} l{} {:?} t{} c{} last{} applied{} before{:?} conf{:?} fetch{}",
+                    world.now,
+                    replica.id,
+                    replica.life,
+                    raft.state,
+                    raft.term,
+                    commit,
+                    raft.raft_log.last_index(),
+                    group.applied.0,
+                    log.before(),
+                    (&log.conf_state().voters, &log.conf_state().voters_outgoing, &log.conf_state().learners),
+                    group.fetch.is_some()
+                );
             }
             let key = (replica.id, replica.life, group.id);
             let before = self.commit.insert(key, commit).unwrap_or(group.node.store().before().0);
@@ -103,9 +116,9 @@ impl Checks {
         // Who was removed may never have heard of it.
         let removed = |world: &World, index: usize| {
             let running = world.replicas.iter().filter_map(|replica| replica.running.as_ref());
-            running.filter_map(|running| running.core.members().ok()).any(|members| {
-                members.get(&(index as u64 + 1)).is_some_and(|row| row.wish == Wish::Removed)
-            })
+            running
+                .filter_map(|running| running.core.members().ok())
+                .any(|members| members.get(&(index as u64 + 1)).is_some_and(|row| row.wish == Wish::Removed))
         };
         for group in 0..world.groups {
             let leads = |r: &super::replica::SimReplica| {
@@ -120,9 +133,11 @@ impl Checks {
                 found.push(format!("replica {} did not come back", index + 1));
                 continue;
             };
-            let is_member = running.core.groups().iter().all(|group| {
-                group.node.store().conf_state().voters.contains(&(index as u64 + 1))
-            });
+            let is_member = running
+                .core
+                .groups()
+                .iter()
+                .all(|group| group.node.store().conf_state().voters.contains(&(index as u64 + 1)));
             if removed(world, index) || !is_member {
                 continue;
             }
@@ -133,7 +148,8 @@ impl Checks {
                     continue;
                 }
                 let at = catalog.chunks_at(placement(*id, shards), *id, *first);
-                let row = at.ok().and_then(|(_, rows)| rows.into_iter().find(|row| row.first_event == *first));
+                let row =
+                    at.ok().and_then(|(_, rows)| rows.into_iter().find(|row| row.first_event == *first));
                 let bytes = row.map(|row| segments.read(row.at).map_err(|error| error.to_string()));
                 match bytes {
                     Some(Ok(bytes)) if bytes == chunk.bytes => {}
@@ -146,7 +162,8 @@ impl Checks {
             }
             for (owner, blocks) in &world.promised.blocks {
                 let row = catalog.get::<RecordingRow>(&Key::recording(placement(*owner, shards), *owner));
-                let is_there = row.is_ok_and(|row| row.is_some_and(|row| row.state != RecordingState::Deleted));
+                let is_there =
+                    row.is_ok_and(|row| row.is_some_and(|row| row.state != RecordingState::Deleted));
                 if world.promised.deleted.contains(owner) || !is_there {
                     continue;
                 }

@@ -195,7 +195,9 @@ impl SimClient {
                 world.promised.deleted.insert(recording);
                 (home, Command::Delete { recording }, Bytes::new(), Asked::Delete)
             }
-            Step::DropOwner(shard) => (shard, Command::DropOwner { owner: recording }, Bytes::new(), Asked::Get),
+            Step::DropOwner(shard) => {
+                (shard, Command::DropOwner { owner: recording }, Bytes::new(), Asked::Get)
+            }
             Step::Forget => (home, Command::Forget { recording }, Bytes::new(), Asked::Get),
         };
         self.ask(world, rng, (shard, command, bulk, asked));
@@ -253,7 +255,9 @@ impl SimClient {
             Waiting::Read(mut answer, index, life) => match answer.try_recv() {
                 Ok(Ok(())) => {
                     let replica = &world.replicas[index];
-                    let Some(running) = replica.running.as_ref().filter(|_| replica.life == life) else { return };
+                    let Some(running) = replica.running.as_ref().filter(|_| replica.life == life) else {
+                        return;
+                    };
                     let row = running.core.catalog().get::<RecordingRow>(&Key::recording(shard, self.id));
                     let row = row.ok().flatten().filter(|row| row.state != RecordingState::Deleted);
                     let found = row.map(|row| (progress(row.state), row.chain.events));

@@ -91,20 +91,6 @@ impl SimDisk {
         let file = lock(state.files.get(name)?);
         file.durable.get(at..at + len).map(<[u8]>::to_vec)
     }
-
-    /// A bit rots.
-    pub fn rot(&self, name: &str, at: usize) {
-        let state = lock(&self.0);
-        if let Some(file) = state.files.get(name) {
-            let mut file = lock(file);
-            for bytes in [0, 1] {
-                let bytes = if bytes == 0 { &mut file.now } else { &mut file.durable };
-                if let Some(byte) = bytes.get_mut(at) {
-                    *byte ^= 4;
-                }
-            }
-        }
-    }
 }
 
 fn failed() -> io::Error {

@@ -95,8 +95,7 @@ impl SimReplica {
         };
         let journal = JournalConfig { segment_bytes: SEGMENT_BYTES, reserve_bytes: 0, in_background: false };
         let disk = Arc::new(self.disk.clone());
-        let (core, journal) =
-            recover::open(disk, journal, self.rows.clone(), config, groups, &self.voters)?;
+        let (core, journal) = recover::open(disk, journal, self.rows.clone(), config, groups, &self.voters)?;
         self.running = Some(Running {
             core,
             writer: Writer::new(journal),

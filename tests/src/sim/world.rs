@@ -202,7 +202,13 @@ impl World {
         running.is_keep_due |= keeps;
         if writes {
             // A slow disk, now and then; a full one is tried again later.
-            let slow = if is_full { 80 } else if rng.gen_bool(0.02) { 400 } else { 12 };
+            let slow = if is_full {
+                80
+            } else if rng.gen_bool(0.02) {
+                400
+            } else {
+                12
+            };
             self.at(rng.gen_range(1..slow), Event::Write(index, life));
         }
         if keeps {

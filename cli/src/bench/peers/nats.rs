@@ -78,11 +78,6 @@ impl Nats {
         Measured::new(load, latencies_ms)
     }
 
-    /// The process ids of the servers.
-    pub fn pids(&self) -> Vec<u32> {
-        self.members.pids()
-    }
-
     /// Ends the servers, after which their directory can go.
     pub async fn stop(self) {
         self.members.stop().await;
