@@ -362,6 +362,9 @@ pub struct Events {
     /// To this icount.
     #[arg(long, default_value_t = u64::MAX, hide_default_value = true)]
     pub to: u64,
+    /// Go on printing until the recording has ended.
+    #[arg(short, long)]
+    pub follow: bool,
 }
 
 /// `heddle replay`.

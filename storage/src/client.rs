@@ -1,18 +1,18 @@
 //! The store's client: finds the leader, retries what is safe, checks what it gets.
 
+mod blocks;
+mod cluster;
+
 use crate::channel::{MESSAGE_BYTES_MAX, connect, is_transient};
-use crate::placement::block_shard;
-use crate::service::{BLOCK_BYTES_MAX, LEADER_KEY, compress_block};
+use crate::service::LEADER_KEY;
 use bytes::Bytes;
-use heddle_proto::compress::decompress;
 use heddle_proto::v1::log_store_client::LogStoreClient;
 use heddle_proto::{Chunk, Hash, RecordingId, v1};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::HashMap;
 use std::future::Future;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
-use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
@@ -390,112 +390,46 @@ impl StoreClient {
         }
     }
 
-    fn transient(&self, route: Route, tried: usize, status: Status) -> StoreError {
-        if is_transient(&status) {
-            self.redirect(route, tried, &status);
-            return StoreError::Unavailable(status.message().into());
-        }
-        status.into()
-    }
-
-    /// Stores the blocks that the store lacks, and notes that `owner` refers to them all;
-    /// the number and compressed bytes sent.
-    pub async fn put_blocks(
+    /// Gives each chunk from `event` on to `take`, and waits for more until the recording has
+    /// ended or `take` wants none. A break in the stream is resumed where it was.
+    pub async fn follow(
         &self,
-        owner: RecordingId,
-        blocks: Vec<(Hash, Bytes)>,
-    ) -> Result<(u64, u64), StoreError> {
-        let shards = self.shards().await?;
-        let mut by_shard: BTreeMap<u32, Vec<(Hash, Bytes)>> = BTreeMap::new();
-        for block in blocks {
-            by_shard.entry(block_shard(block.0, shards)).or_default().push(block);
-        }
-        let mut groups: Vec<(u32, Vec<(Hash, Bytes)>)> = vec![];
-        for (shard, blocks) in by_shard {
-            groups.extend(batches(blocks).into_iter().map(|group| (shard, group)));
-        }
-        let mut sent = (0, 0);
-        let mut running = JoinSet::new();
-        let mut groups = groups.into_iter();
+        id: RecordingId,
+        event: u64,
+        mut take: impl FnMut(Chunk) -> bool,
+    ) -> Result<(), StoreError> {
+        let mut from_event = event;
+        let mut until = Instant::now() + self.patience;
         loop {
-            while running.len() < UPLOADS
-                && let Some((shard, group)) = groups.next()
-            {
-                let client = self.clone();
-                running.spawn(async move { client.put_group(owner, shard, group).await });
-            }
-            let Some(done) = running.join_next().await else { return Ok(sent) };
-            let done = done.map_err(|error| StoreError::Unavailable(error.to_string()))??;
-            sent = (sent.0 + done.0, sent.1 + done.1);
-        }
-    }
-
-    async fn put_group(
-        &self,
-        owner: RecordingId,
-        shard: u32,
-        group: Vec<(Hash, Bytes)>,
-    ) -> Result<(u64, u64), StoreError> {
-        let hashes: Vec<Bytes> = group.iter().map(|(hash, _)| hash.to_vec().into()).collect();
-        let owner: Bytes = owner.to_vec().into();
-        let request = v1::PinRequest { owner: owner.clone(), shard, hashes };
-        let pin = |mut client: Client| {
-            let request = request.clone();
-            async move { client.pin_blocks(request).await }
-        };
-        let missing: HashSet<Bytes> = self.call(Route::Shard(shard), pin).await?.hashes.into_iter().collect();
-        let wanted: Vec<(Hash, Bytes)> =
-            group.into_iter().filter(|(hash, _)| missing.contains(&hash.0[..])).collect();
-        if wanted.is_empty() {
-            return Ok((0, 0));
-        }
-        let blocks: Vec<v1::Block> = wanted
-            .iter()
-            .map(|(hash, data)| v1::Block { hash: hash.to_vec().into(), data: compress_block(data) })
-            .collect();
-        let sent = (blocks.len() as u64, blocks.iter().map(|block| block.data.len() as u64).sum::<u64>());
-        let request = v1::PutBlocksRequest { blocks, owner, shard };
-        let put = |mut client: Client| {
-            let request = request.clone();
-            async move { client.put_blocks(request).await }
-        };
-        self.call(Route::Shard(shard), put).await?;
-        Ok(sent)
-    }
-
-    /// Blocks by hash, in order, each checked against it.
-    pub async fn get_blocks(&self, hashes: &[Hash]) -> Result<Vec<Bytes>, StoreError> {
-        let until = Instant::now() + self.patience;
-        loop {
-            match self.try_get_blocks(hashes).await {
+            let recording = id.to_vec().into();
+            let request = v1::ReadRequest { recording, from_event, follow: true, ..Default::default() };
+            let tried = self.tried(id);
+            let lost = |status| self.transient(id.into(), tried, status);
+            let attempt = async {
+                let mut stream = self.number(tried)?.read(request).await.map_err(lost)?.into_inner();
+                while let Some(reply) = stream.message().await.map_err(lost)? {
+                    let chunk = Chunk::parse(reply.chunk).map_err(|e| StoreError::Corrupt(e.to_string()))?;
+                    until = Instant::now() + self.patience;
+                    from_event = chunk.header.end_event();
+                    if !take(chunk) {
+                        break;
+                    }
+                }
+                Ok::<(), StoreError>(())
+            };
+            match attempt.await {
                 Err(StoreError::Unavailable(_)) if Instant::now() < until => tokio::time::sleep(RETRY).await,
                 done => return done,
             }
         }
     }
 
-    async fn try_get_blocks(&self, hashes: &[Hash]) -> Result<Vec<Bytes>, StoreError> {
-        let request = v1::BlockHashes { hashes: hashes.iter().map(|h| h.to_vec().into()).collect() };
-        // Any replica has every block.
-        let route = Route::Shard(0);
-        let tried = self.tried(route);
-        let lost = |status| self.transient(route, tried, status);
-        let mut client = self.number(tried)?;
-        let stream = client.get_blocks(request).await.map_err(lost)?;
-        let mut stream = stream.into_inner();
-        let mut blocks = Vec::with_capacity(hashes.len());
-        for hash in hashes {
-            let block = stream.message().await.map_err(lost)?;
-            let block =
-                block.ok_or_else(|| StoreError::Unavailable("the stream of blocks ended early".into()))?;
-            let raw = decompress(&block.data, BLOCK_BYTES_MAX)
-                .ok_or_else(|| StoreError::Corrupt(format!("block {hash} does not decompress")))?;
-            if Hash::of(&raw) != *hash {
-                return Err(StoreError::Corrupt(format!("block {hash} has other bytes")));
-            }
-            blocks.push(Bytes::from(raw));
+    fn transient(&self, route: Route, tried: usize, status: Status) -> StoreError {
+        if is_transient(&status) {
+            self.redirect(route, tried, &status);
+            return StoreError::Unavailable(status.message().into());
         }
-        Ok(blocks)
+        status.into()
     }
 
     /// Takes over as coordinator.
@@ -533,105 +467,4 @@ impl StoreClient {
             .await?;
         Ok(reply.rows)
     }
-
-    /// How each replica stands, asked one by one. Those that others know of are asked, too.
-    pub async fn replicas(&self) -> Vec<v1::ReplicaRow> {
-        let mut rows: Vec<v1::ReplicaRow> = vec![];
-        let mut asked: Vec<String> = vec![];
-        let mut to_ask = self.addresses();
-        let mut others: BTreeMap<String, v1::ReplicaRow> = BTreeMap::new();
-        while let Some(address) = (!to_ask.is_empty()).then(|| to_ask.remove(0)) {
-            if asked.contains(&address) {
-                continue;
-            }
-            asked.push(address.clone());
-            let ask = async {
-                let mut client = self.at(&address).ok()?;
-                Some(client.replicas(v1::ReplicasRequest {}).await.ok()?.into_inner())
-            };
-            let reply = tokio::time::timeout(Duration::from_secs(1), ask).await.ok().flatten();
-            let lost = v1::ReplicaRow {
-                id: asked.len() as u64,
-                address: address.clone(),
-                role: "unreachable".into(),
-                ..Default::default()
-            };
-            let Some(reply) = reply else {
-                rows.push(lost);
-                continue;
-            };
-            for peer in reply.peers {
-                if peer.wish != "removed" {
-                    to_ask.push(peer.address.clone());
-                }
-                others.insert(peer.address.clone(), peer);
-            }
-            rows.extend(reply.me);
-        }
-        // Who does not answer is known by those who do.
-        for row in rows.iter_mut().filter(|row| row.role == "unreachable") {
-            if let Some(known) = others.get(&row.address) {
-                (row.id, row.wish) = (known.id, known.wish.clone());
-            }
-        }
-        rows.sort_by_key(|row| row.id);
-        rows.dedup_by_key(|row| row.id);
-        rows
-    }
-
-    /// What a replica of the cluster is to be: `member`, `drained` or `removed`.
-    pub async fn set_member(&self, id: u64, address: &str, wish: &str) -> Result<(), StoreError> {
-        let request = v1::SetMemberRequest { id, address: address.into(), wish: wish.into() };
-        let set = |mut client: Client| {
-            let request = request.clone();
-            async move { client.set_member(request).await }
-        };
-        self.call(Route::Shard(0), set).await.map(drop)
-    }
-
-    pub(crate) async fn place(&self, id: RecordingId) -> Result<u32, StoreError> {
-        let place = |mut client: Client| async move {
-            client.place(v1::PlaceRequest { recording: id.to_vec().into() }).await
-        };
-        Ok(self.call(Route::Shard(0), place).await?.shard)
-    }
-
-    pub(crate) async fn drop_owner(&self, shard: u32, id: RecordingId) -> Result<(), StoreError> {
-        let drop_owner = |mut client: Client| async move {
-            client.drop_owner(v1::DropOwnerRequest { shard, owner: id.to_vec().into() }).await
-        };
-        self.call(Route::Shard(shard), drop_owner).await.map(drop)
-    }
-
-    pub(crate) async fn forget(&self, id: RecordingId) -> Result<(), StoreError> {
-        self.forget_step(id, id.into(), "recording").await?;
-        self.forget_step(id, Route::Shard(0), "placement").await
-    }
-
-    pub(crate) async fn abandon(&self, id: RecordingId) -> Result<(), StoreError> {
-        self.forget_step(id, id.into(), "abandon").await
-    }
-
-    async fn forget_step(&self, id: RecordingId, route: Route, step: &str) -> Result<(), StoreError> {
-        let request = v1::ForgetRequest { recording: id.to_vec().into(), step: step.into() };
-        let forget = |mut client: Client| {
-            let request = request.clone();
-            async move { client.forget(request).await }
-        };
-        self.call(route, forget).await.map(drop)
-    }
-}
-
-fn batches(blocks: Vec<(Hash, Bytes)>) -> Vec<Vec<(Hash, Bytes)>> {
-    let mut groups: Vec<Vec<(Hash, Bytes)>> = vec![];
-    let mut bytes = BLOCKS_BYTES;
-    for block in blocks {
-        if bytes >= BLOCKS_BYTES {
-            groups.push(vec![]);
-            bytes = 0;
-        }
-        bytes += block.1.len();
-        groups.last_mut().expect("pushed above").push(block);
-    }
-    groups
 }

@@ -19,6 +19,7 @@ pub mod group;
 pub mod install;
 pub mod journal;
 pub mod keeper;
+mod keeping;
 mod members;
 mod mend;
 pub mod placement;

@@ -11,7 +11,7 @@ pub mod sim;
 
 use heddle_cli::cluster::Cluster;
 use heddle_cli::local::{DEFAULT_SHARDS, LocalCluster, LocalConfig};
-use heddle_proto::{Chunk, ChunkBuilder, Event, Manifest, RecordingId, v1};
+use heddle_proto::{Chunk, ChunkBuilder, Event, Hash, Manifest, RecordingId, v1};
 use heddle_storage::StoreClient;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -228,6 +228,10 @@ pub async fn copy(
     let chunks = chunks(id, events, 500);
     append(store, opened.epoch, &chunks).await.unwrap();
     for snapshot in &row.snapshots {
+        // The other recording has the snapshot's other blocks.
+        let root = Hash::from_slice(&snapshot.root).unwrap();
+        let block = store.get_blocks(&[root]).await.unwrap().remove(0);
+        store.put_blocks(id, vec![(root, block)]).await.unwrap();
         let moved = v1::SnapshotRow { event: shift(snapshot.event), ..snapshot.clone() };
         store.add_snapshot(id, opened.epoch, moved).await.unwrap();
     }
