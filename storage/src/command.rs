@@ -166,6 +166,13 @@ pub enum Command {
     },
 }
 
+impl Command {
+    /// Bytes it takes in an entry, without its bulk.
+    pub fn bytes(&self) -> usize {
+        postcard::to_stdvec(self).map_or(usize::MAX, |bytes| bytes.len())
+    }
+}
+
 /// A command with its bulk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Proposal {

@@ -162,6 +162,10 @@ pub struct Core {
     /// Groups that may have something to do.
     pub(crate) touched: BTreeSet<u32>,
     pub(crate) outputs: Vec<Output>,
+    /// Snapshots that were begun to be fetched.
+    pub(crate) fetches: u64,
+    /// The segment of the newest bytes that are known to be durable.
+    pub(crate) newest_segment: u64,
     pub(crate) is_full: bool,
     pub(crate) views: BTreeMap<u32, View>,
     pub(crate) views_asked: BTreeSet<u32>,
@@ -195,6 +199,8 @@ impl Core {
             now: 0,
             touched: BTreeSet::new(),
             outputs: vec![],
+            fetches: 0,
+            newest_segment: 0,
             is_full: false,
             views: BTreeMap::new(),
             views_asked: BTreeSet::new(),
@@ -206,6 +212,7 @@ impl Core {
             is_moved: false,
             is_checkpoint_wanted: false,
         };
+        core.newest_segment = core.segments.current();
         for group in &mut core.groups {
             group.campaign_alone();
             core.touched.insert(group.id);
@@ -247,6 +254,8 @@ impl Core {
             }
             Input::Written(marks) => {
                 for (mark, places) in marks {
+                    let newest = places.iter().map(|at| at.segment).max().unwrap_or(0);
+                    self.newest_segment = self.newest_segment.max(newest);
                     self.take_mark(mark, &places)?;
                 }
             }
@@ -299,7 +308,10 @@ impl Core {
             }
             Envelope::Pull { group, index, from: first } => match self.views.get_mut(&group) {
                 Some(view) if view.index == index => {
-                    view.used = self.now;
+                    // One that asks for the same again and again does not keep it for ever.
+                    if first >= view.pulled {
+                        (view.used, view.pulled) = (self.now, first + 1);
+                    }
                     let view = view.clone();
                     self.outputs.push(Output::Serve(ServePage { to: from, group, view, from: first }));
                 }
@@ -313,9 +325,10 @@ impl Core {
                 let id = page.group;
                 let Some(group) = self.groups.get_mut(id as usize) else { return Ok(()) };
                 let Some(fetch) = &mut group.fetch else { return Ok(()) };
+                let serial = fetch.serial;
                 if let Some(frames) = fetch.take(page) {
                     let count = frames.len();
-                    let marks = vec![(Mark::Page { group: id }, count)];
+                    let marks = vec![(Mark::Page { group: id, serial }, count)];
                     self.write(frames, marks);
                 }
             }
@@ -341,11 +354,13 @@ impl Core {
             return Ok(());
         }
         let at = (metadata.index, metadata.term);
-        if group.fetch.as_ref().is_some_and(|fetch| fetch.at() == at) {
+        // One that is being installed is not given up: Raft may have seen it.
+        if group.fetch.as_ref().is_some_and(|fetch| fetch.at() == at || fetch.is_installing()) {
             return Ok(());
         }
         let from = message.from;
-        let mut fetch = Fetch::new(message);
+        self.fetches += 1;
+        let mut fetch = Fetch::new(message, self.fetches);
         let pull = fetch.pull(id, now, true);
         group.fetch = Some(fetch);
         self.outputs.extend(pull.map(|pull| Output::Send(from, pull)));
@@ -366,23 +381,25 @@ impl Core {
                     group.commit_is_durable(commit, &catalog)?;
                 }
             }
-            Mark::Page { group: id } => {
+            Mark::Page { group: id, serial } => {
                 let now = self.now;
                 let Some(group) = self.groups.get_mut(id as usize) else { return Ok(()) };
-                let Some(fetch) = &mut group.fetch else { return Ok(()) };
+                let fetch = group.fetch.as_mut().filter(|fetch| fetch.serial == serial);
+                let Some(fetch) = fetch else { return Ok(()) };
                 fetch.placed(places)?;
                 let from = fetch.message.from;
                 if let Some(frames) = fetch.finish(id) {
                     let count = frames.len();
-                    self.write(frames, vec![(Mark::Installed { group: id }, count)]);
+                    self.write(frames, vec![(Mark::Installed { group: id, serial }, count)]);
                 } else if let Some(pull) = fetch.pull(id, now, true) {
                     self.outputs.push(Output::Send(from, pull));
                 }
             }
-            Mark::Installed { group: id } => {
+            Mark::Installed { group: id, serial } => {
                 let planted = self.config.planted;
                 let Some(group) = self.groups.get_mut(id as usize) else { return Ok(()) };
-                let Some(fetch) = &group.fetch else { return Ok(()) };
+                let fetch = group.fetch.as_ref().filter(|fetch| fetch.serial == serial);
+                let Some(fetch) = fetch else { return Ok(()) };
                 let message = fetch.message.clone();
                 let at = fetch.at();
                 if planted == Planted::SnapshotOverNewerLog && at.0 <= group.applied.0 {

@@ -65,11 +65,15 @@ pub enum Mark {
     Page {
         /// The group.
         group: u32,
+        /// Which fetch of it: another may have begun meanwhile.
+        serial: u64,
     },
     /// All rows of a snapshot, and that it is whole.
     Installed {
         /// The group.
         group: u32,
+        /// Which fetch of it.
+        serial: u64,
     },
 }
 
@@ -116,7 +120,7 @@ pub struct Group {
 impl Group {
     /// A group over its log, as it stands after what rows follow.
     pub fn new(id: u32, config: &CoreConfig, mut log: RaftLog, row: &GroupRow) -> Result<Group, Error> {
-        let (me, planted) = (config.id, config.planted);
+        let (me, planted, first_read) = (config.id, config.planted, config.seed >> 1);
         let message_bytes = config.message_bytes;
         let mut conf = raft::eraftpb::ConfState::default();
         conf.merge_from_bytes(&row.conf)
@@ -154,7 +158,8 @@ impl Group {
             new_reads: vec![],
             reads: BTreeMap::new(),
             ready_reads: vec![],
-            next_read: 0,
+            // A context that an earlier life has used must not be taken for this one's.
+            next_read: first_read,
             unwritten: 0,
             election_ticks: ELECTION_TICKS,
             held: vec![],
@@ -261,6 +266,12 @@ impl Group {
             return;
         }
         let proposals = std::mem::take(&mut self.proposals);
+        // It may have stepped down since they came; a follower would hand them on.
+        if !self.leads() {
+            let leader = self.node.raft.leader_id;
+            proposals.into_iter().for_each(|(_, reply)| drop(reply.send(Err(NotDone::NotLeader(leader)))));
+            return;
+        }
         let mut message = Message::default();
         message.set_msg_type(MessageType::MsgPropose);
         message.from = self.node.raft.id;
@@ -449,6 +460,7 @@ impl Group {
             return Ok(());
         }
         let mut answers = vec![];
+        let before = self.applied;
         let mut rows = catalog.begin();
         for entry in entries {
             let (index, term) = (entry.index, entry.term);
@@ -459,6 +471,14 @@ impl Group {
                 let mut change = ConfChangeV2::default();
                 if change.merge_from_bytes(&entry.data).is_ok() {
                     let conf_state = self.node.apply_conf_change(&change)?;
+                    // raft-rs would go on leading, and panic at its next commit.
+                    let me = self.node.raft.id;
+                    let is_voter =
+                        conf_state.voters.contains(&me) || conf_state.voters_outgoing.contains(&me);
+                    if self.leads() && !is_voter {
+                        let term = self.node.raft.term;
+                        self.node.raft.become_follower(term, 0);
+                    }
                     self.node.mut_store().set_conf_state(conf_state);
                 }
                 vec![]
@@ -471,6 +491,9 @@ impl Group {
             if let Some((proposed_term, replies)) = self.waiting.remove(&index) {
                 answers.push((replies, (proposed_term == term).then_some(outcomes)));
             }
+        }
+        if self.applied == before {
+            return Ok(());
         }
         rows.put(&Key::group(self.id), &self.row());
         drop(rows);
@@ -516,8 +539,11 @@ impl Group {
 
     /// Takes over the state of a snapshot whose rows are all here.
     fn adopt(&mut self, metadata: &raft::eraftpb::SnapshotMetadata, catalog: &Catalog) -> Result<(), Error> {
-        let fetch = self.fetch.take().ok_or(Error::Stopped)?;
         let (index, term) = (metadata.index, metadata.term);
+        // Raft saw it because its rows are here; no other is begun before they are taken.
+        let fetch = self.fetch.take().filter(|fetch| fetch.at() == (index, term)).ok_or(Error::Stopped)?;
+        // What was to be applied is in the snapshot.
+        self.held.clear();
         let log = self.node.mut_store();
         log.begin_behind(index, term);
         log.set_conf_state(metadata.get_conf_state().clone());

@@ -35,8 +35,10 @@ pub struct View {
     pub conf: ConfState,
     /// Its rows, but the one that says how far it is.
     pub rows: Arc<Vec<Row>>,
-    /// When it was last pulled from.
+    /// When rows were last pulled that had not been before, and the first that were not.
     pub used: u64,
+    /// See `used`.
+    pub pulled: u64,
 }
 
 /// A row on its way, with the bytes it names, in their order.
@@ -116,12 +118,20 @@ pub struct Fetch {
     asked: u64,
     total: Option<u64>,
     is_installing: bool,
+    /// Its number among this replica's.
+    pub serial: u64,
 }
 
 impl Fetch {
     /// Begins one.
-    pub fn new(message: Message) -> Fetch {
-        Fetch { message, rows: vec![], writing: vec![], asked: 0, total: None, is_installing: false }
+    pub fn new(message: Message, serial: u64) -> Fetch {
+        let (rows, writing) = (vec![], vec![]);
+        Fetch { message, rows, writing, asked: 0, total: None, is_installing: false, serial }
+    }
+
+    /// All is here, and on its way to the journal and to Raft.
+    pub fn is_installing(&self) -> bool {
+        self.is_installing
     }
 
     /// Index and term of the snapshot.
@@ -172,6 +182,10 @@ impl Fetch {
 
     /// The bytes of the page are durable, at these places.
     pub fn placed(&mut self, places: &[Location]) -> Result<(), Error> {
+        let parts: usize = self.writing.iter().map(|row| row.parts.len()).sum();
+        if places.len() != parts {
+            return Err(Error::Row("a page's bytes were written to another number of places".into()));
+        }
         let mut places = places.iter();
         for row in std::mem::take(&mut self.writing) {
             let value = relocated(&row.key, &row.value, |at| places.next().copied().unwrap_or(at))?;

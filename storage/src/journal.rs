@@ -112,6 +112,9 @@ pub struct Segments {
 impl Segments {
     /// The bytes at `location`, checked against its CRC.
     pub fn read(&self, location: Location) -> Result<Bytes, Error> {
+        if location.bytes == 0 {
+            return Ok(Bytes::new());
+        }
         let path = || self.disk.path(&segment_name(location.segment));
         let corrupt = |what: &str| Error::Corrupt {
             path: path(),
@@ -267,6 +270,9 @@ impl Journal {
     /// After any other error the journal must not be written: what a failed sync left
     /// behind is unknown.
     pub fn append(&mut self, frames: &[Frame]) -> Result<Vec<Location>, Error> {
+        if frames.iter().any(|frame| frame.data.len() > DATA_BYTES_MAX) {
+            return Err(Error::Row(format!("a frame of more than {DATA_BYTES_MAX} bytes was to be written")));
+        }
         let mut locations = Vec::with_capacity(frames.len());
         let mut from = 0;
         self.check_room(frames)?;
@@ -407,6 +413,10 @@ impl Journal {
             let bytes = frame.data.len() as u32;
             locations.push(Location { segment: self.number, offset: at as u32, bytes, crc });
             at += frame.data.len();
+            // The next segment's first frame must not say less than what is durable by then.
+            if frame.kind == FrameKind::ScanFrom {
+                self.segments.set_scan_from(frame.index);
+            }
             if frame.kind == FrameKind::HardState {
                 let commit = frame.data.first_chunk::<8>().map_or(0, |bytes| u64::from_le_bytes(*bytes));
                 self.hard_states.insert(frame.group, (frame.term, frame.index, commit));

@@ -194,6 +194,9 @@ struct Mover<'a> {
 
 impl Mover<'_> {
     fn take(&mut self, at: Location) -> Result<(), Error> {
+        if at.bytes == 0 {
+            return Ok(());
+        }
         match self.segments.read(at) {
             Ok(bytes) => {
                 self.bytes += bytes.len();

@@ -3,7 +3,7 @@
 use crate::core::{Core, Output};
 use crate::error::Error;
 use crate::group::Group;
-use crate::install::View;
+use crate::install::{Fetch, View};
 use crate::keeper::{Checkpoint, Job, Kept};
 use crate::schema::GroupRow;
 use protobuf::Message as _;
@@ -17,6 +17,9 @@ const MOVED_SEGMENTS: u64 = 4;
 /// A checkpoint is written after so many times its own size, at least.
 const CHECKPOINT_RATIO: u64 = 24;
 
+/// On a full disk a checkpoint is tried every so many ticks.
+const FULL_TICKS: u64 = 100;
+
 impl Core {
     /// Hands the keeper a job, if one is due.
     pub(crate) fn keep(&mut self) {
@@ -26,7 +29,9 @@ impl Core {
         let (rows, bytes) = self.catalog.waiting();
         let is_old = self.now - self.last_flush >= self.config.flush_ticks && rows > 0;
         let due = self.config.checkpoint_bytes.max(CHECKPOINT_RATIO * self.checkpoint_size);
-        let is_checkpoint = (self.since_checkpoint >= due || self.is_checkpoint_wanted) && !self.is_full;
+        let is_checkpoint = (self.since_checkpoint >= due || self.is_checkpoint_wanted || self.is_full)
+            && (!self.is_full || self.frees_room())
+            && !self.groups.iter().any(|group| group.fetch.as_ref().is_some_and(Fetch::is_installing));
         let views: Vec<u32> = std::mem::take(&mut self.views_asked)
             .into_iter()
             .filter(|id| !self.views.contains_key(id))
@@ -43,7 +48,7 @@ impl Core {
         if is_checkpoint {
             let rows: Vec<(u32, GroupRow)> =
                 self.groups.iter().map(|group| (group.id, group.row())).collect();
-            let current = self.segments.current();
+            let current = self.newest_segment;
             let first_behind = |group: &Group| group.node.store().segment_from(group.applied.0 + 1);
             let scan_from = self.groups.iter().filter_map(first_behind).fold(current, u64::min);
             let first_kept = |group: &Group| group.node.store().segment_from(0);
@@ -52,7 +57,8 @@ impl Core {
             // What is fetched has no row yet; what is sent has rows elsewhere.
             let is_fetching = self.groups.iter().any(|group| group.fetch.is_some());
             let may_recycle = self.views.is_empty() && job.views.is_empty() && !is_fetching;
-            if !self.is_moved {
+            // On a full disk nothing is moved: what is dead is given up, and that is room.
+            if !self.is_moved && !self.is_full {
                 job.victims = self.victims(below, &live);
                 self.is_moved = true;
             }
@@ -67,6 +73,17 @@ impl Core {
             }
         }
         self.outputs.push(Output::Keep(job));
+    }
+
+    /// Whether a checkpoint would make room on a full disk, and has room itself.
+    fn frees_room(&self) -> bool {
+        let live = self.catalog.live();
+        let current = self.newest_segment;
+        let numbers = self.segments.numbers().into_iter();
+        let is_dead = |number: &u64| *number < current && live.get(number).copied().unwrap_or(0) == 0;
+        self.now % FULL_TICKS == 0
+            && self.checkpoint_size < self.segments.segment_bytes() / 8
+            && numbers.filter(is_dead).count() > 0
     }
 
     /// Segments that are mostly dead, the emptiest first.
@@ -94,7 +111,14 @@ impl Core {
             let _ = conf.merge_from_bytes(&row.conf);
             let group = &mut self.groups[id as usize];
             group.node.mut_store().set_offer(Some((row.applied, row.term, conf.clone())));
-            let view = View { index: row.applied, term: row.term, conf, rows: rows.into(), used: self.now };
+            let view = View {
+                index: row.applied,
+                term: row.term,
+                conf,
+                rows: rows.into(),
+                used: self.now,
+                pulled: 0,
+            };
             self.views.insert(id, view);
         }
         if !kept.moved_rows.is_empty() {
@@ -114,6 +138,10 @@ impl Core {
                 let mut to = row.applied.min(slowest);
                 if log.bytes_behind(to) > retain {
                     to = row.applied;
+                }
+                // Who is being sent a snapshot goes on from its index.
+                if let Some(view) = self.views.get(&id) {
+                    to = to.min(view.index);
                 }
                 log.truncate(to);
             }

@@ -71,6 +71,8 @@ fn converge(group: &mut Group, members: &BTreeMap<u64, MemberRow>, now: u64, is_
         return;
     }
     let is_wanted = |id: &u64| members.get(id).is_some_and(|row| row.wish != Wish::Removed);
+    // One without a row is not known yet, and stays.
+    let is_removed = |id: &u64| members.get(id).is_some_and(|row| row.wish == Wish::Removed);
     let is_known = |id: &u64| conf.voters.contains(id) || conf.learners.contains(id);
     let last = group.node.raft.raft_log.last_index();
     let is_close = |id: &u64| {
@@ -80,7 +82,7 @@ fn converge(group: &mut Group, members: &BTreeMap<u64, MemberRow>, now: u64, is_
     let new: Vec<u64> = members.keys().filter(|id| is_wanted(id) && !is_known(id)).copied().collect();
     let ready: Vec<u64> = conf.learners.iter().filter(|id| is_wanted(id) && is_close(id)).copied().collect();
     let going: Vec<u64> =
-        conf.voters.iter().chain(&conf.learners).filter(|id| !is_wanted(id) && **id != me).copied().collect();
+        conf.voters.iter().chain(&conf.learners).filter(|id| is_removed(id) && **id != me).copied().collect();
     // Who leaves goes with who comes; alone, only while a voter stays.
     let is_coming = conf.learners.iter().any(|id| is_wanted(id) && !ready.contains(id)) || !new.is_empty();
     let mut changes: Vec<ConfChangeSingle> =

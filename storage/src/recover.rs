@@ -27,7 +27,7 @@ const FIRST: (u64, u64) = (1, 1);
 /// A group as the scan finds it.
 struct Found {
     /// Frames of rows since the last end: a checkpoint in the making.
-    rows: Vec<Location>,
+    rows: Vec<(Location, bool)>,
     /// The newest state: its end, and its rows.
     base: Option<(CheckpointEnd, Vec<Location>)>,
     log: RaftLog,
@@ -128,7 +128,7 @@ fn take(
             }
             group.log.set_hard_state(hard_state_of(&frame));
         }
-        FrameKind::Rows => group.rows.push(at),
+        FrameKind::Rows => group.rows.push((at, is_whole)),
         FrameKind::Checkpoint => {
             if !is_whole {
                 return Err(damaged("a checkpoint"));
@@ -142,6 +142,10 @@ fn take(
             if rows.len() != end.frames as usize {
                 return Ok(());
             }
+            if rows.iter().any(|(_, is_whole)| !is_whole) {
+                return Err(damaged("a checkpoint"));
+            }
+            let rows = rows.into_iter().map(|(at, _)| at).collect();
             if end.number > 0 {
                 *numbers.entry(end.number).or_default() += 1;
             }

@@ -193,6 +193,13 @@ struct CoreLoop {
     segments: Segments,
 }
 
+/// However the core ends, the writer does, too: others hold ways to it.
+impl Drop for CoreLoop {
+    fn drop(&mut self) {
+        let _ = self.writes.send(ToWrite::Stop);
+    }
+}
+
 impl CoreLoop {
     fn run(mut self, inputs: &Receiver<Input>) -> Result<(), Error> {
         let mut next_tick = Instant::now() + TICK;

@@ -35,6 +35,8 @@ pub const NO_GROUP: u32 = 0xffff;
 const CHUNK_BYTES: usize = 80;
 /// Chunks in a page, at most.
 const PAGE_CHUNKS: usize = 50;
+/// Bytes of the chunks of a page, at most one chunk more.
+const PAGE_BYTES: u64 = 4 << 20;
 /// Hashes in a page of an owner, at most.
 const PAGE_HASHES: usize = 120;
 
@@ -180,7 +182,10 @@ pub fn chunks_of(page: &[u8]) -> impl DoubleEndedIterator<Item = ChunkRow> {
 
 /// Whether a page takes no more.
 pub fn is_page_full(page: &[u8]) -> bool {
-    page.len() >= CHUNK_BYTES * PAGE_CHUNKS
+    // A page travels whole, with the bytes it names.
+    let length = |chunk: &[u8]| u64::from(u32::from_le_bytes(chunk[12..16].try_into().expect("4 bytes")));
+    let bytes: u64 = page.chunks_exact(CHUNK_BYTES).map(length).sum();
+    page.len() >= CHUNK_BYTES * PAGE_CHUNKS || bytes >= PAGE_BYTES
 }
 
 /// Whether an owner's page takes no more.

@@ -30,6 +30,8 @@ pub const BLOCK_BYTES_MAX: usize = 1 << 20;
 pub(crate) const READ_PATIENCE: Duration = Duration::from_secs(5);
 /// The metadata key that names the leader's address.
 pub const LEADER_KEY: &str = "heddle-leader";
+/// Largest command without its bulk.
+const HEAD_BYTES_MAX: usize = 512 << 10;
 /// A deletion waits so long for its blocks to be let go; the rest is done behind it.
 const DELETE_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -68,6 +70,11 @@ impl StoreService {
         let _permit = self.reserve(bulk.len()).await?;
         if bulk.len() > BULK_BYTES_MAX {
             let what = format!("the request has {} bytes; at most {BULK_BYTES_MAX}", bulk.len());
+            return Err(Status::invalid_argument(what));
+        }
+        let head = command.bytes();
+        if head > HEAD_BYTES_MAX {
+            let what = format!("the request's names and keys have {head} bytes; at most {HEAD_BYTES_MAX}");
             return Err(Status::invalid_argument(what));
         }
         let answer = self.replica.propose(group, Proposal { command, bulk }).await;

@@ -6,7 +6,7 @@ use crate::channel::{MESSAGE_BYTES_MAX, connect};
 use crate::core::{Envelope, Input};
 use crate::error::{Error, IoContext};
 use crate::install::{Page, PageRow};
-use crate::journal::Segments;
+use crate::journal::{DATA_BYTES_MAX, Segments};
 use crate::replica::Handle;
 use crate::schema::{Key, MemberRow, VALUE_BYTES_MAX, Wish, locations};
 use crate::server::write_synced;
@@ -362,6 +362,9 @@ fn decode(message: GroupMessage, from: u64, to: u64, groups: u32) -> Result<Enve
     let ordered =
         numbered.into_iter().all(|(i, entry)| decoded.index.checked_add(i as u64 + 1) == Some(entry.index));
     let is_append = decoded.get_msg_type() == MessageType::MsgAppend;
+    if decoded.entries.iter().any(|entry| entry.data.len() > DATA_BYTES_MAX) {
+        return Err(bad("an entry is too long"));
+    }
     if !decoded.entries.iter().all(|entry| known(entry.get_entry_type())) || (is_append && !ordered) {
         return Err(bad("entries of unknown types or with gaps"));
     }

@@ -63,10 +63,10 @@ pub(super) fn open(
             last = Some((content, opening));
             break;
         }
-        let heads: Vec<BatchHead> = heads(&content, BLOCK).map(|(_, head)| head).collect();
+        let heads: Vec<(usize, BatchHead)> = heads(&content, BLOCK).collect();
         if heads.is_empty() {
             segments.pool.lock().expect("not shared yet").push(segment_name(number));
-        } else if heads.iter().any(|head| head.synced_lsn + 1 >= head.first_lsn) {
+        } else if heads.iter().any(|(at, head)| *at > BLOCK && head.synced_lsn + 1 >= head.first_lsn) {
             return Err(corrupt(&*disk, number, BLOCK, "the segment's first frame is damaged".into()));
         } else {
             // Begun, and never synced. What is left in it would be taken for its next life's.
@@ -298,8 +298,10 @@ fn frames_of(head: &BatchHead, bytes: &Bytes, segment: u64, at: usize) -> Option
         if lsn != head.first_lsn + u64::from(i) {
             return None;
         }
-        let whole = Location { segment, offset: (from + super::FRAME_BYTES) as u32, bytes: 0, crc: 0 };
-        let at = whole.part(0, &frame.data);
+        // The checksum that was written, not that of what was read.
+        let crc = u32::from_le_bytes(bytes[from + 8..from + 12].try_into().expect("4 bytes"));
+        let offset = (from + super::FRAME_BYTES) as u32;
+        let at = Location { segment, offset, bytes: frame.data.len() as u32, crc };
         from += frame.bytes();
         frames.push(Scanned { frame, at, is_whole });
     }

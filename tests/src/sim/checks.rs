@@ -23,6 +23,7 @@ pub struct Checks {
     /// Hash of a group's rows at an applied index.
     states: BTreeMap<(u32, u64), Hash>,
     applied: BTreeMap<(u64, u64, u32), u64>,
+    led: BTreeMap<(u64, u64, u32), Option<u64>>,
     looks: u64,
 }
 
@@ -59,23 +60,6 @@ impl Checks {
                 }
             }
             let commit = raft.raft_log.committed;
-            if std::env::var_os("TRACE").is_some_and(|g| g.to_str() == Some(&group.id.to_string())) {
-                let log = group.node.store();
-                eprintln!(
-                    "{} r{} l{} {:?} t{} c{} last{} applied{} before{:?} conf{:?} fetch{}",
-                    world.now,
-                    replica.id,
-                    replica.life,
-                    raft.state,
-                    raft.term,
-                    commit,
-                    raft.raft_log.last_index(),
-                    group.applied.0,
-                    log.before(),
-                    (&log.conf_state().voters, &log.conf_state().voters_outgoing, &log.conf_state().learners),
-                    group.fetch.is_some()
-                );
-            }
             let key = (replica.id, replica.life, group.id);
             let before = self.commit.insert(key, commit).unwrap_or(group.node.store().before().0);
             for entry in before + 1..=commit {
@@ -85,6 +69,17 @@ impl Checks {
                     found.push(format!(
                         "entry {entry} of group {} was committed in term {known}, and by replica {} in {term}",
                         group.id, replica.id
+                    ));
+                }
+            }
+            // A leader counts replicas for entries of its own term alone (Raft, 5.4.2).
+            let led = self.led.insert(key, (raft.state == StateRole::Leader).then_some(raft.term));
+            if led == Some(Some(raft.term)) && raft.state == StateRole::Leader && commit > before {
+                let term = group.node.store().term(commit);
+                if term.as_ref().is_ok_and(|term| *term != raft.term) {
+                    found.push(format!(
+                        "replica {} committed entry {commit} of group {}, of term {term:?}, in term {}",
+                        replica.id, group.id, raft.term
                     ));
                 }
             }
