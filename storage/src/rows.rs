@@ -39,15 +39,19 @@ impl SledRows {
         fs::create_dir_all(dir).at("create", dir)?;
         let open = || sled::Config::default().path(dir).cache_capacity(CACHE_BYTES).open();
         let path = dir.to_path_buf();
-        match open() {
-            Ok(tree) => Ok(SledRows { tree, path }),
-            Err(sled::Error::Io(error)) => Err(Error::Catalog(sled::Error::Io(error))),
-            Err(error) => {
-                tracing::warn!(path = %dir.display(), %error, "the catalog can't be read: rebuilding it");
-                fs::remove_dir_all(dir).at("remove", dir)?;
-                Ok(SledRows { tree: open()?, path })
+        // sled 0.34 panics at some files that it can't read, and calls others I/O errors.
+        let why = match std::panic::catch_unwind(open) {
+            Ok(Ok(tree)) => return Ok(SledRows { tree, path }),
+            Ok(Err(sled::Error::Io(error))) if error.raw_os_error().is_some() => {
+                return Err(Error::Catalog(sled::Error::Io(error)));
             }
-        }
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "sled panicked".to_string(),
+        };
+        tracing::warn!(path = %dir.display(), why, "the catalog can't be read: rebuilding it");
+        fs::remove_dir_all(dir).at("remove", dir)?;
+        fs::create_dir_all(dir).at("create", dir)?;
+        Ok(SledRows { tree: open()?, path })
     }
 }
 

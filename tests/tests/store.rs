@@ -6,6 +6,7 @@ use heddle_proto::{Body, Chunk, ChunkBuilder, Event, Hash, Role, v1};
 use heddle_storage::placement::block_shard;
 use heddle_storage::{Route, StoreError};
 use heddle_tests::{Processes, append, chunks, count, new_id, until};
+use std::path::Path;
 use std::time::Duration;
 
 fn events(from: u64, count: u64) -> Vec<Event> {
@@ -251,7 +252,7 @@ async fn nothing_acknowledged_is_lost_to_kill_9() {
     let store = p.client.store.clone();
     let id = new_id();
     let opened = store.open(id, b"load", &manifest(), false).await.unwrap();
-    let all = chunks(id, &events(0, 400_000), 200);
+    let all = chunks(id, &events(0, count(400_000, 6_000_000)), 200);
     let (acked_sender, acked) = tokio::sync::watch::channel(0u64);
     let writer = {
         let (store, all) = (store.clone(), all.clone());
@@ -277,7 +278,7 @@ async fn nothing_acknowledged_is_lost_to_kill_9() {
             next
         })
     };
-    let kills = count(4, 30);
+    let kills = count(4, 200);
     for kill in 0..kills {
         let before = *acked.borrow();
         until("more chunks to be acknowledged", async || {
@@ -320,27 +321,111 @@ async fn nothing_acknowledged_is_lost_to_kill_9() {
     p.cluster.stop().await;
 }
 
-/// The catalog is never the truth: deleted or made garbage, it is rebuilt.
+fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_dir(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+/// The catalog is never the truth: deleted, made garbage or an old copy, it is rebuilt.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_catalog_is_rebuilt_from_the_journal() {
-    let mut p = Processes::start(0, 5000).await;
+    let mut p = Processes::start(0, 3_600_000).await;
     let store = p.client.store.clone();
     let id = new_id();
     let all = chunks(id, &events(0, 5000), 100);
     let opened = store.open(id, b"one", &manifest(), false).await.unwrap();
-    append(&store, opened.epoch, &all).await.unwrap();
+    append(&store, opened.epoch, &all[..10]).await.unwrap();
+    let catalog = |p: &Processes, replica: u64| p.cluster.dir().join(format!("replica-{replica}/catalog"));
+    let old = tempfile::tempdir().unwrap();
+    p.cluster.kill("replica-3").await.unwrap();
+    copy_dir(&catalog(&p, 3), old.path());
+    p.cluster.start_part("replica-3").unwrap();
+    append(&store, opened.epoch, &all[10..]).await.unwrap();
     store.seal(id, opened.epoch, 5000, all.last().unwrap().id(), false).await.unwrap();
     for replica in 1..=3 {
         p.cluster.kill(&format!("replica-{replica}")).await.unwrap();
-        let catalog = p.cluster.dir().join(format!("replica-{replica}/catalog"));
-        std::fs::remove_dir_all(catalog).unwrap();
     }
+    std::fs::remove_dir_all(catalog(&p, 1)).unwrap();
+    for entry in std::fs::read_dir(catalog(&p, 2)).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_file() {
+            std::fs::write(path, b"garbage".repeat(100)).unwrap();
+        }
+    }
+    std::fs::remove_dir_all(catalog(&p, 3)).unwrap();
+    copy_dir(old.path(), &catalog(&p, 3));
     for replica in 1..=3 {
         p.cluster.start_part(&format!("replica-{replica}")).unwrap();
     }
-    let row = until("the recording", async || store.get(id).await.ok()).await;
-    assert_eq!((row.state.as_str(), row.committed_events), ("sealed", 5000));
-    assert_eq!(store.read(id, 0, 0).await.unwrap(), all);
+    for address in store.addresses() {
+        let alone = heddle_storage::StoreClient::new(vec![address.clone()]);
+        let row = until("the recording", async || alone.get(id).await.ok()).await;
+        assert_eq!((row.state.as_str(), row.committed_events), ("sealed", 5000), "{address}");
+        assert_eq!(alone.read(id, 0, 0).await.unwrap(), all, "{address}");
+    }
+    p.cluster.stop().await;
+}
+
+/// A range by icount, and a live recording that is followed, both at any replica.
+#[tokio::test(flavor = "multi_thread")]
+async fn ranges_by_icount_and_a_live_recording_that_is_followed() {
+    let p = Processes::start(0, 3_600_000).await;
+    let store = p.client.store.clone();
+    let id = new_id();
+    let all = chunks(id, &events(0, 5000), 100);
+    let epoch = store.open(id, b"one", &manifest(), false).await.unwrap().epoch;
+    let followers: Vec<_> = store
+        .addresses()
+        .into_iter()
+        .map(|address| {
+            let alone = heddle_storage::StoreClient::new(vec![address]);
+            tokio::spawn(async move {
+                let mut seen = vec![];
+                alone
+                    .follow(id, 0, |chunk| {
+                        seen.push(chunk);
+                        true
+                    })
+                    .await
+                    .unwrap();
+                seen
+            })
+        })
+        .collect();
+    for part in all.chunks(7) {
+        append(&store, epoch, part).await.unwrap();
+    }
+    store.seal(id, epoch, 5000, all.last().unwrap().id(), false).await.unwrap();
+    for follower in followers {
+        assert!(follower.await.unwrap() == all);
+    }
+    // Event i is at icount 10 i.
+    for (from, to, first, last) in
+        [(12_345, 20_000, 1200, 2000), (0, 5, 0, 0), (49_990, 0, 4900, 4900), (990, 1000, 0, 100)]
+    {
+        let request = v1::ReadRequest {
+            recording: id.to_vec().into(),
+            by_icount: true,
+            from_icount: from,
+            to_icount: to,
+            ..Default::default()
+        };
+        let address = store.addresses().pop().unwrap();
+        let mut replies = store.at(&address).unwrap().read(request).await.unwrap().into_inner();
+        let mut found = vec![];
+        while let Some(reply) = replies.message().await.unwrap() {
+            found.push(Chunk::parse(reply.chunk).unwrap().header.first_event);
+        }
+        assert_eq!((found.first(), found.last()), (Some(&first), Some(&last)), "{from}..{to}: {found:?}");
+    }
     p.cluster.stop().await;
 }
 
