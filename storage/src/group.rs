@@ -195,7 +195,10 @@ impl Group {
     /// Raft's clock.
     pub fn tick(&mut self, now: u64, draw: &mut dyn FnMut() -> usize) {
         let before = self.phase();
-        self.node.tick();
+        // Until a snapshot is durable raft-rs looks, at an election, for entries before it.
+        if self.adopted.is_none() {
+            self.node.tick();
+        }
         self.settle(before, draw);
         let old = self.reads.iter().filter(|(_, (asked, _))| now.saturating_sub(*asked) > READ_TICKS);
         let old: Vec<u64> = old.map(|(context, _)| *context).collect();
@@ -218,6 +221,9 @@ impl Group {
         let last = self.node.raft.raft_log.last_index();
         if message.get_msg_type() == MessageType::MsgHeartbeat && message.commit > last {
             tracing::error!(last, commit = message.commit, "a heartbeat commits what this replica never had");
+            return;
+        }
+        if message.get_msg_type() == MessageType::MsgTimeoutNow && self.adopted.is_some() {
             return;
         }
         let before = self.phase();
