@@ -232,7 +232,7 @@ impl Entry<'_, '_> {
             last_icount: header.last_icount,
         };
         let mut key = Key::page(self.group, kind, id, chain.page);
-        if self.rows.len_of(&key)? > 0 && is_page_full(&self.rows.get_raw(&key.0)?.unwrap_or_default()) {
+        if self.rows.look(&key, is_page_full)? == Some(true) {
             chain.page = header.first_event;
             key = Key::page(self.group, kind, id, chain.page);
         }

@@ -356,12 +356,12 @@ impl Txn<'_> {
         Ok(())
     }
 
-    /// Length of a row's value.
-    pub fn len_of(&self, key: &Key) -> Result<usize, Error> {
-        match self.overlay.get(&key.0) {
-            Some(value) => Ok(value.as_ref().map_or(0, Vec::len)),
-            None => Ok(self.rows.get(&key.0)?.map_or(0, |value| value.len())),
-        }
+    /// What `look` says of a value, which is not copied if it is in memory.
+    pub fn look<T>(&self, key: &Key, look: impl FnOnce(&[u8]) -> T) -> Result<Option<T>, Error> {
+        Ok(match self.overlay.get(&key.0) {
+            Some(value) => value.as_deref().map(look),
+            None => self.rows.get(&key.0)?.as_deref().map(look),
+        })
     }
 
     /// All rows of a span.

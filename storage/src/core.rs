@@ -150,6 +150,9 @@ impl CoreConfig {
     }
 }
 
+/// On a full disk a follower takes entries of no more than this part of a segment.
+const SMALL_PART: u64 = 256;
+
 /// The replica.
 pub struct Core {
     pub(crate) config: CoreConfig,
@@ -177,7 +180,6 @@ pub struct Core {
     pub(crate) checkpoint_number: u64,
     /// Victims have been moved, so the next job is the checkpoint.
     pub(crate) is_moved: bool,
-    pub(crate) is_checkpoint_wanted: bool,
 }
 
 impl Core {
@@ -210,7 +212,6 @@ impl Core {
             checkpoint_size: 0,
             checkpoint_number,
             is_moved: false,
-            is_checkpoint_wanted: false,
         };
         core.newest_segment = core.segments.current();
         for group in &mut core.groups {
@@ -293,11 +294,10 @@ impl Core {
         match envelope {
             Envelope::Raft { group, message } => {
                 let kind = message.get_msg_type();
-                let bytes: usize = message.entries.iter().map(|entry| entry.data.len()).sum();
                 // A full follower lags rather than take what it can't write.
-                if self.is_full && kind == MessageType::MsgAppend && bytes > 0 {
-                    let room = self.segments.segment_bytes() / 16;
-                    if bytes as u64 > room / 16 {
+                if self.is_full && kind == MessageType::MsgAppend {
+                    let bytes: usize = message.entries.iter().map(|entry| entry.data.len()).sum();
+                    if bytes as u64 > self.segments.segment_bytes() / SMALL_PART {
                         return Ok(());
                     }
                 }
@@ -463,11 +463,6 @@ impl Core {
         self.converge()?;
         self.keep();
         Ok(())
-    }
-
-    /// Asks for a checkpoint at the next tick, whatever was written since the last.
-    pub fn want_checkpoint(&mut self) {
-        self.is_checkpoint_wanted = true;
     }
 
     /// What is to be done now.

@@ -96,6 +96,13 @@ struct Opening {
     hard_states: Vec<(u32, u64, u64, u64)>,
 }
 
+impl Opening {
+    fn frame(&self) -> Frame {
+        let data = postcard::to_stdvec(self).expect("plain data encodes to memory");
+        Frame { kind: FrameKind::Opening, group: 0, term: 0, index: 0, data: data.into() }
+    }
+}
+
 /// The segments, for readers and for whoever recycles; clones share them.
 #[derive(Clone, Debug)]
 pub struct Segments {
@@ -385,9 +392,7 @@ impl Journal {
         self.capacity = file.len().at("look at", &self.segments.disk.path(&segment_name(self.number)))?;
         (self.file, self.end, self.is_closed) = (file, BLOCK as u64, false);
         self.segments.current.store(self.number, Ordering::Release);
-        let data = postcard::to_stdvec(&opening).expect("plain data encodes to memory");
-        let frame = Frame { kind: FrameKind::Opening, group: 0, term: 0, index: 0, data: data.into() };
-        self.write_batch(&[frame], &mut vec![])
+        self.write_batch(&[opening.frame()], &mut vec![])
     }
 
     fn write_batch(&mut self, frames: &[Frame], locations: &mut Vec<Location>) -> Result<(), Error> {
@@ -418,8 +423,7 @@ impl Journal {
                 self.segments.set_scan_from(frame.index);
             }
             if frame.kind == FrameKind::HardState {
-                let commit = frame.data.first_chunk::<8>().map_or(0, |bytes| u64::from_le_bytes(*bytes));
-                self.hard_states.insert(frame.group, (frame.term, frame.index, commit));
+                self.hard_states.insert(frame.group, frame.hard_state());
             }
         }
         let end = head.end(self.end as usize);

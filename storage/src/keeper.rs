@@ -67,11 +67,9 @@ pub struct Kept {
     /// Where they were (segment, offset), and are.
     pub moved: BTreeMap<(u64, u32), Location>,
     /// How far each group was at the checkpoint that is durable now.
-    pub checkpoint: Option<(u64, Vec<(u32, GroupRow)>)>,
+    pub checkpoint: Option<Vec<(u32, GroupRow)>>,
     /// Bytes that were written to the journal.
     pub bytes: u64,
-    /// Segments that were recycled.
-    pub recycled: usize,
 }
 
 /// Does a job.
@@ -134,6 +132,14 @@ pub fn visit(
     }
 }
 
+/// Says in the rows that they follow this checkpoint.
+pub fn name_checkpoint(rows: &dyn Rows, number: u64) -> Result<(), Error> {
+    rows.apply(&Changes::from([
+        (Key::checkpoint().0, Some(encode(&number))),
+        (Key::version().0, Some(encode(&VERSION))),
+    ]))
+}
+
 fn write_checkpoint(
     checkpoint: &Checkpoint,
     rows: &dyn Rows,
@@ -156,11 +162,7 @@ fn write_checkpoint(
         }
     }
     // The catalog names the checkpoint that it follows: an older copy of it is not used again.
-    let named = Changes::from([
-        (Key::checkpoint().0, Some(encode(&checkpoint.number))),
-        (Key::version().0, Some(encode(&VERSION))),
-    ]);
-    rows.apply(&named)?;
+    name_checkpoint(rows, checkpoint.number)?;
     rows.sync()?;
     let frame = Frame {
         kind: FrameKind::ScanFrom,
@@ -170,16 +172,14 @@ fn write_checkpoint(
         data: Bytes::new(),
     };
     sink.write(vec![frame])?;
-    segments.set_scan_from(checkpoint.scan_from);
     if checkpoint.may_recycle {
         let below = checkpoint.below.min(checkpoint.scan_from);
         let is_dead = |number: &u64| checkpoint.live.get(number).copied().unwrap_or(0) == 0;
         let dead: Vec<u64> =
             segments.numbers().into_iter().filter(|number| *number < below && is_dead(number)).collect();
         segments.recycle(&dead)?;
-        kept.recycled = dead.len();
     }
-    kept.checkpoint = Some((checkpoint.number, checkpoint.groups.clone()));
+    kept.checkpoint = Some(checkpoint.groups.clone());
     Ok(())
 }
 

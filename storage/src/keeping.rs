@@ -29,7 +29,7 @@ impl Core {
         let (rows, bytes) = self.catalog.waiting();
         let is_old = self.now - self.last_flush >= self.config.flush_ticks && rows > 0;
         let due = self.config.checkpoint_bytes.max(CHECKPOINT_RATIO * self.checkpoint_size);
-        let is_checkpoint = (self.since_checkpoint >= due || self.is_checkpoint_wanted || self.is_full)
+        let is_checkpoint = (self.since_checkpoint >= due || self.is_full)
             && (!self.is_full || self.frees_room())
             && !self.groups.iter().any(|group| group.fetch.as_ref().is_some_and(Fetch::is_installing));
         let views: Vec<u32> = std::mem::take(&mut self.views_asked)
@@ -65,7 +65,6 @@ impl Core {
             if job.victims.is_empty() {
                 self.checkpoint_number += 1;
                 let number = self.checkpoint_number;
-                self.is_checkpoint_wanted = false;
                 self.is_moved = false;
                 self.since_checkpoint = 0;
                 job.checkpoint =
@@ -127,7 +126,7 @@ impl Core {
                 rows.relocate(key, &kept.moved)?;
             }
         }
-        if let Some((_, groups)) = kept.checkpoint {
+        if let Some(groups) = kept.checkpoint {
             self.checkpoint_size = kept.bytes;
             let retain = self.config.retain_bytes / self.groups.len() as u64;
             for (id, row) in groups {

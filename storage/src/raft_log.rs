@@ -244,14 +244,13 @@ pub fn entry_frame(group: u32, entry: &Entry) -> Frame {
 
 /// The frame that makes a hard state durable.
 pub fn hard_state_frame(group: u32, hard_state: &HardState) -> Frame {
-    let data = Bytes::copy_from_slice(&hard_state.commit.to_le_bytes());
-    Frame { kind: FrameKind::HardState, group, term: hard_state.term, index: hard_state.vote, data }
+    Frame::of_hard_state(group, (hard_state.term, hard_state.vote, hard_state.commit))
 }
 
 /// The hard state of a frame.
 pub fn hard_state_of(frame: &Frame) -> HardState {
-    let commit = frame.data.first_chunk::<8>().map_or(0, |bytes| u64::from_le_bytes(*bytes));
-    HardState { term: frame.term, vote: frame.index, commit, ..HardState::default() }
+    let (term, vote, commit) = frame.hard_state();
+    HardState { term, vote, commit, ..HardState::default() }
 }
 
 impl Storage for RaftLog {

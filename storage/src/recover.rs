@@ -223,9 +223,5 @@ fn rebuild(catalog: &Catalog, found: &[Found], segments: &Segments, number: u64)
         let row = Changes::from([(Key::group(id as u32).0, Some(encode(&end.group)))]);
         rows.apply(&row)?;
     }
-    let named = Changes::from([
-        (Key::checkpoint().0, Some(encode(&number))),
-        (Key::version().0, Some(encode(&VERSION))),
-    ]);
-    rows.apply(&named)
+    keeper::name_checkpoint(&**rows, number)
 }

@@ -207,13 +207,12 @@ impl CoreLoop {
         loop {
             let wait = next_tick.saturating_duration_since(Instant::now());
             match inputs.recv_timeout(wait) {
-                Ok(Input::Stop) | Err(RecvTimeoutError::Disconnected) => break,
+                Ok(Input::Stop) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
                 Ok(input) => self.core.take(input)?,
                 Err(RecvTimeoutError::Timeout) => {}
             }
             for input in inputs.try_iter().take(INPUTS_MAX) {
                 if matches!(input, Input::Stop) {
-                    let _ = self.writes.send(ToWrite::Stop);
                     return Ok(());
                 }
                 self.core.take(input)?;
@@ -230,8 +229,6 @@ impl CoreLoop {
             }
             self.dispatch()?;
         }
-        let _ = self.writes.send(ToWrite::Stop);
-        Ok(())
     }
 
     fn dispatch(&mut self) -> Result<(), Error> {

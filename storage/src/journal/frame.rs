@@ -81,6 +81,18 @@ pub struct Frame {
 }
 
 impl Frame {
+    /// A hard state.
+    pub fn of_hard_state(group: u32, (term, vote, commit): (u64, u64, u64)) -> Frame {
+        let data = Bytes::copy_from_slice(&commit.to_le_bytes());
+        Frame { kind: FrameKind::HardState, group, term, index: vote, data }
+    }
+
+    /// Term, vote and commit of a hard state.
+    pub fn hard_state(&self) -> (u64, u64, u64) {
+        let commit = self.data.first_chunk::<8>().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        (self.term, self.index, commit)
+    }
+
     /// Bytes it takes in the journal.
     pub fn bytes(&self) -> usize {
         FRAME_BYTES + self.data.len()

@@ -109,8 +109,7 @@ pub(super) fn open(
             let frame = &scanned.frame;
             match frame.kind {
                 FrameKind::HardState => {
-                    let commit = frame.data.first_chunk::<8>().map_or(0, |b| u64::from_le_bytes(*b));
-                    hard_states.insert(frame.group, (frame.term, frame.index, commit));
+                    hard_states.insert(frame.group, frame.hard_state());
                 }
                 FrameKind::Opening => {
                     let opening: Opening = postcard::from_bytes(&frame.data).unwrap_or_default();
@@ -129,11 +128,9 @@ pub(super) fn open(
     // A kill can have come between the last write and its sync: what was read from
     // the page cache counts as durable only now.
     newest.file.sync().at("sync", &disk.path(&segment_name(newest.number)))?;
-    for (group, (term, vote, commit)) in &hard_states {
-        let data = Bytes::copy_from_slice(&commit.to_le_bytes());
-        let frame = Frame { kind: FrameKind::HardState, group: *group, term: *term, index: *vote, data };
-        let at = Location { segment: newest.number, offset: 0, bytes: 0, crc: 0 };
-        visit(Scanned { frame, at, is_whole: true });
+    for (group, hard_state) in &hard_states {
+        let frame = Frame::of_hard_state(*group, *hard_state);
+        visit(Scanned { frame, at: Location::NONE, is_whole: true });
     }
     segments.current.store(newest.number, std::sync::atomic::Ordering::Release);
     Ok(Journal {
@@ -176,10 +173,7 @@ fn first(config: JournalConfig, segments: Segments) -> Result<Journal, Error> {
         is_refused: false,
         is_dirty: false,
     };
-    let opening = Opening { previous_end: 0, scan_from: 1, hard_states: vec![] };
-    let data = postcard::to_stdvec(&opening).expect("plain data encodes to memory");
-    let frame = Frame { kind: FrameKind::Opening, group: 0, term: 0, index: 0, data: data.into() };
-    journal.append(&[frame])?;
+    journal.append(&[Opening { previous_end: 0, scan_from: 1, hard_states: vec![] }.frame()])?;
     Ok(journal)
 }
 
