@@ -13,6 +13,10 @@ pub struct Args {
     /// Without it, an embedded one in your data directory.
     #[arg(long, global = true, env = "HEDDLE_CLUSTER", value_name = "DIR|URL")]
     pub cluster: Option<String>,
+    /// Credentials for mutual TLS: a directory with ca.pem, cert.pem and key.pem. With a
+    /// cluster's directory, those that `heddle up --mtls` left there.
+    #[arg(long, global = true, env = "HEDDLE_TLS", value_name = "DIR")]
+    pub tls: Option<PathBuf>,
     /// How to print.
     #[arg(short, long, global = true, default_value = "table", value_name = "FORMAT")]
     pub output: Format,
@@ -86,6 +90,8 @@ pub enum Command {
     /// Measure, as ratios against named peers in the same run.
     #[command(subcommand)]
     Bench(Bench),
+    /// Make a part's or a user's certificate for mutual TLS, and the authority that signs it.
+    Certificate(Certificate),
     /// Print a shell's completions.
     Completions {
         /// Which shell.
@@ -102,6 +108,22 @@ pub struct Demo {
     /// Keep the cluster's data here.
     #[arg(long, value_name = "DIR")]
     pub keep: Option<PathBuf>,
+}
+
+/// `heddle certificate`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct Certificate {
+    /// Where the credentials go.
+    pub out: PathBuf,
+    /// The authority's directory; it is made if it is not there. Keep it from the parts.
+    #[arg(long, value_name = "DIR")]
+    pub authority: PathBuf,
+    /// A name or an IP address under which the part is reached.
+    #[arg(long = "host", value_name = "HOST", default_value = "localhost")]
+    pub hosts: Vec<String>,
+    /// How long the certificate holds.
+    #[arg(long, default_value_t = 365, value_parser = clap::value_parser!(i64).range(1..=36500))]
+    pub days: i64,
 }
 
 /// `heddle up`.
@@ -125,6 +147,9 @@ pub struct Up {
     /// A lease without a sign of life lasts so long, in milliseconds.
     #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u64).range(800..=3_600_000))]
     pub lease_ms: u64,
+    /// Parts talk by mutual TLS, with certificates made in the cluster's directory.
+    #[arg(long)]
+    pub mtls: bool,
     /// Nodes offer builds with a planted fault, for tests and demos alone.
     #[arg(long)]
     pub offer_planted: bool,

@@ -1,6 +1,7 @@
 //! Which cluster: a directory, a URL, or an embedded one.
 
 use crate::exit::{NO_QUORUM, USAGE, coded};
+use crate::local::TLS_DIR;
 use crate::serve::offered;
 use anyhow::{Context, Result};
 use heddle_coordinator::{Coordinator, CoordinatorConfig};
@@ -9,6 +10,7 @@ use heddle_proto::v1;
 use heddle_proto::v1::coordinator_client::CoordinatorClient;
 use heddle_storage::channel::{MESSAGE_BYTES_MAX, connect};
 use heddle_storage::server::{Listener, serve};
+use heddle_storage::tls::Credentials;
 use heddle_storage::{Replica, ReplicaConfig, StoreClient};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
@@ -60,7 +62,7 @@ impl Cluster {
     /// The cluster that the user named, or the embedded one.
     pub async fn open(named: Option<&str>) -> Result<Cluster> {
         match named {
-            Some(url) if url.starts_with("http://") || url.starts_with("unix:") => Cluster::at_url(url).await,
+            Some(url) if is_url(url) => Cluster::at_url(url).await,
             Some(dir) => Cluster::in_dir(Path::new(dir)),
             None => Cluster::embedded(&data_dir()?).await,
         }
@@ -94,14 +96,22 @@ impl Cluster {
         })?;
         let file: ClusterFile =
             serde_json::from_slice(&bytes).with_context(|| format!("read {}", path.display()))?;
+        let tls = dir.join(TLS_DIR);
+        if file.coordinator.starts_with("https://") && Credentials::ours().is_none() && tls.exists() {
+            Credentials::load(&tls)?.adopt();
+        }
         Cluster::of(file, dir.join("outbox"), None)
     }
 
     async fn at_url(url: &str) -> Result<Cluster> {
-        let channel = connect(url).map_err(|e| coded(USAGE, format!("{url}: {e}")))?;
+        let channel = connect(url).map_err(|e| coded(USAGE, e.to_string()))?;
         let info = CoordinatorClient::new(channel).info(v1::InfoRequest {}).await;
-        let info =
-            info.map_err(|e| coded(NO_QUORUM, format!("no coordinator answers at {url}: {}", e.message())))?;
+        // What answers a plain caller of a TLS port is noise to HTTP/2.
+        let hint =
+            if url.starts_with("http://") { "; is it one with mutual TLS? name it by https:// then" } else { "" };
+        let info = info.map_err(|e| {
+            coded(NO_QUORUM, format!("no coordinator answers at {url}: {}{hint}", e.message()))
+        })?;
         let file = ClusterFile { replicas: info.into_inner().replicas, coordinator: url.into() };
         // What waits for one cluster is nothing to another.
         let name = format!("outbox-{}", heddle_proto::Hash::of(url.as_bytes()).short());
@@ -190,6 +200,10 @@ impl Cluster {
         let _nobody_else = waiting.await;
         replica.stop();
     }
+}
+
+fn is_url(text: &str) -> bool {
+    ["http://", "https://", "unix:"].iter().any(|scheme| text.starts_with(scheme))
 }
 
 /// The user's data directory, as the XDG base directories have it.

@@ -52,6 +52,7 @@ pub async fn run(command: Demo, format: Format) -> Result<u8> {
         offers_planted: true,
         qemu: vec![],
         shards: DEFAULT_SHARDS,
+        tls: None,
         environment: BTreeMap::new(),
     };
     // One future for the whole demo: a Ctrl-C between two waits must not be lost.

@@ -5,6 +5,7 @@
 
 pub mod args;
 pub mod bench;
+pub mod certificates;
 pub mod cluster;
 pub mod commands;
 mod demo;

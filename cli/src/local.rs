@@ -1,7 +1,9 @@
 //! A cluster of real processes on this machine, for `up`, `demo` and tests.
 
+use crate::certificates;
 use crate::cluster::{ClusterFile, FILE, wait_ready};
 use anyhow::{Context, Result, bail};
+use heddle_storage::tls::Credentials;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -12,6 +14,11 @@ use tokio::process::{Child, Command};
 
 /// Shards of a new store, unless said otherwise.
 pub const DEFAULT_SHARDS: u32 = 4;
+
+/// Where in a cluster's directory its credentials are.
+pub const TLS_DIR: &str = "tls";
+/// A cluster on this machine is often started again, and makes new ones then.
+const CERTIFICATE_DAYS: i64 = 365;
 
 /// How a cluster on this machine is made up.
 #[derive(Clone, Debug)]
@@ -34,6 +41,8 @@ pub struct LocalConfig {
     pub qemu: Vec<PathBuf>,
     /// Shards of a new store.
     pub shards: u32,
+    /// Where certificates for mutual TLS are made; none: the parts talk in clear.
+    pub tls: Option<PathBuf>,
     /// Variables of the environment of a part, by its name.
     pub environment: BTreeMap<String, Vec<(String, String)>>,
 }
@@ -54,9 +63,6 @@ impl Reserved {
         Ok(Reserved { address: socket.local_addr()?, _socket: socket })
     }
 
-    fn url(&self) -> String {
-        format!("http://{}", self.address)
-    }
 }
 
 /// The processes. All end when this is dropped, and with this process, however it ends.
@@ -73,6 +79,11 @@ impl LocalCluster {
     /// Starts all parts and waits until they are ready.
     pub async fn start(config: LocalConfig) -> Result<LocalCluster> {
         std::fs::create_dir_all(&config.dir).with_context(|| format!("create {}", config.dir.display()))?;
+        if let Some(dir) = &config.tls {
+            let hosts = ["127.0.0.1".into(), "localhost".into()];
+            certificates::issue(&dir.join("authority"), dir, &hosts, CERTIFICATE_DAYS)?;
+            Credentials::load(dir)?.adopt();
+        }
         let reserve = |count: u64| (0..count).map(|_| Reserved::new()).collect::<Result<Vec<_>>>();
         let mut cluster = LocalCluster {
             replicas: reserve(config.replicas)?,
@@ -103,9 +114,14 @@ impl LocalCluster {
     /// What clients need.
     pub fn file(&self) -> ClusterFile {
         ClusterFile {
-            replicas: self.replicas.iter().map(Reserved::url).collect(),
-            coordinator: self.coordinator.url(),
+            replicas: self.replicas.iter().map(|replica| self.url(replica)).collect(),
+            coordinator: self.url(&self.coordinator),
         }
+    }
+
+    fn url(&self, part: &Reserved) -> String {
+        let scheme = if self.config.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", part.address)
     }
 
     /// Its directory.
@@ -121,7 +137,7 @@ impl LocalCluster {
         command.arg("serve");
         let replicas = |command: &mut Command| {
             for replica in &self.replicas {
-                command.arg("--replica").arg(replica.url());
+                command.arg("--replica").arg(self.url(replica));
             }
         };
         if name.starts_with("replica") {
@@ -133,11 +149,11 @@ impl LocalCluster {
             for (i, replica) in self.replicas.iter().enumerate() {
                 let is_founder = (i as u64) < self.config.replicas;
                 if if is_first { is_founder } else { i + 1 == number } {
-                    command.arg("--peer").arg(format!("{}={}", i + 1, replica.url()));
+                    command.arg("--peer").arg(format!("{}={}", i + 1, self.url(replica)));
                 }
             }
             if !is_first {
-                command.arg("--join").arg(self.replicas[self.joined_through].url());
+                command.arg("--join").arg(self.url(&self.replicas[self.joined_through]));
             }
         } else if name == "coordinator" {
             command.arg("coordinator").arg("--listen").arg(self.coordinator.address.to_string());
@@ -146,7 +162,7 @@ impl LocalCluster {
         } else {
             command.arg("node").args(["--name", name, "--slots", &self.config.slots.to_string()]);
             command.arg("--listen").arg(self.nodes[number - 1].address.to_string());
-            command.arg("--coordinator").arg(self.coordinator.url());
+            command.arg("--coordinator").arg(self.url(&self.coordinator));
             if self.config.offers_planted {
                 command.arg("--offer-planted");
             }
@@ -154,6 +170,9 @@ impl LocalCluster {
                 command.arg("--qemu").arg(program);
             }
             replicas(&mut command);
+        }
+        if let Some(dir) = &self.config.tls {
+            command.arg("--tls").arg(dir);
         }
         for (name, value) in self.config.environment.get(name).into_iter().flatten() {
             command.env(name, value);
@@ -173,7 +192,7 @@ impl LocalCluster {
         self.joined_through = through - 1;
         let id = self.replicas.len();
         self.start_part(&format!("replica-{id}"))?;
-        Ok((id as u64, self.replicas[id - 1].url()))
+        Ok((id as u64, self.url(&self.replicas[id - 1])))
     }
 
     /// kill -9, and the end of it.

@@ -8,6 +8,7 @@ use heddle_node::qemu::builds::{self, QemuBuild};
 use heddle_node::worker::{NodeConfig, Worker};
 use heddle_proto::v1;
 use heddle_storage::server::{Listener, serve};
+use heddle_storage::tls;
 use heddle_storage::{Replica, ReplicaConfig, StoreClient};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -22,6 +23,7 @@ pub async fn run(command: args::Serve) -> Result<()> {
         args::Serve::Storage { id, cluster_id, dir, listen, peers, shards, join, with_parent } => {
             follow_parent(with_parent)?;
             let peers = parse_peers(&peers)?;
+            check_secure(peers.values().chain(&join))?;
             let listener = bind(listen)?;
             let mut config = ReplicaConfig { id, cluster: cluster_id, dir, peers, shards, joins: false };
             if let Some(url) = join {
@@ -38,6 +40,7 @@ pub async fn run(command: args::Serve) -> Result<()> {
         }
         args::Serve::Coordinator { listen, replicas, lease_ms, with_parent } => {
             follow_parent(with_parent)?;
+            check_secure(&replicas)?;
             let listener = bind(listen)?;
             let name = format!("coordinator at {listen}");
             let config = CoordinatorConfig { name, replicas, lease_ms };
@@ -63,8 +66,9 @@ pub async fn run(command: args::Serve) -> Result<()> {
             with_parent,
         } => {
             follow_parent(with_parent)?;
+            check_secure(replicas.iter().chain([&coordinator]))?;
             let listener = bind(listen)?;
-            let address = format!("http://{listen}");
+            let address = format!("{}://{listen}", tls::scheme());
             let worker = Worker::new(NodeConfig {
                 name,
                 slots,
@@ -81,6 +85,17 @@ pub async fn run(command: args::Serve) -> Result<()> {
                 () = asked_to_stop() => Ok(()),
             }
         }
+    }
+}
+
+/// A part with credentials talks in clear with nobody.
+fn check_secure<'a>(urls: impl IntoIterator<Item = &'a String>) -> Result<()> {
+    let in_clear = |url: &&String| url.starts_with("http://");
+    match urls.into_iter().find(in_clear) {
+        Some(url) if tls::Credentials::ours().is_some() => {
+            Err(coded(USAGE, format!("{url} is in clear, but --tls is given: name it by https://")))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -135,7 +135,7 @@ impl StoreClient {
         let channel = match channels.get(address) {
             Some(channel) => channel.clone(),
             None => {
-                let channel = connect(address).map_err(|e| StoreError::Invalid(format!("{address}: {e}")))?;
+                let channel = connect(address).map_err(|e| StoreError::Invalid(e.to_string()))?;
                 channels.insert(address.to_string(), channel.clone());
                 channel
             }

@@ -56,6 +56,14 @@ pub enum Error {
         /// What does not fit.
         what: String,
     },
+    /// An address that cannot be reached as it is written.
+    #[error("{address}: {what}")]
+    Address {
+        /// The address.
+        address: String,
+        /// Why not.
+        what: String,
+    },
     /// sled.
     #[error("catalog: {0}")]
     Catalog(#[from] sled::Error),

@@ -35,6 +35,7 @@ mod scrub;
 pub mod server;
 pub mod service;
 mod streams;
+pub mod tls;
 pub mod transport;
 pub mod writer;
 

@@ -7,6 +7,7 @@ use crate::error::{Error, IoContext};
 use crate::mend::Reader;
 use crate::replica::{self, Handle};
 use crate::service::StoreService;
+use crate::tls::Credentials;
 use crate::transport::{KnownPeers, Outbound, TransportService};
 use heddle_proto::v1::log_store_server::LogStoreServer;
 use heddle_proto::v1::raft_transport_server::RaftTransportServer;
@@ -236,7 +237,8 @@ pub enum Listener {
     Unix(UnixListener),
 }
 
-/// Serves with health and reflection until `shutdown` ends. `add` adds the services.
+/// Serves with health and reflection until `shutdown` ends. `add` adds the services. By TCP
+/// it speaks TLS with those alone who show a certificate, once this process has its own.
 pub async fn serve(
     listener: Listener,
     add: impl FnOnce(Router) -> Router,
@@ -249,7 +251,11 @@ pub async fn serve(
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .expect("our own descriptors are whole");
-    let router = tonic::transport::Server::builder()
+    let mut builder = tonic::transport::Server::builder();
+    if let (Listener::Tcp(_), Some(ours)) = (&listener, Credentials::ours()) {
+        builder = builder.tls_config(ours.server())?;
+    }
+    let router = builder
         .initial_stream_window_size(8 << 20)
         .initial_connection_window_size(16 << 20)
         .http2_keepalive_interval(Some(std::time::Duration::from_secs(5)))

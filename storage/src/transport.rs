@@ -185,9 +185,9 @@ async fn send_to(
     mut messages: mpsc::Receiver<(u32, Envelope)>,
     replica: Handle,
 ) {
-    let Ok(channel) = connect(&address) else {
-        tracing::error!(address, "not an address");
-        return;
+    let channel = match connect(&address) {
+        Ok(channel) => channel,
+        Err(error) => return tracing::error!(peer, "cannot be reached: {error}"),
     };
     let mut client = RaftTransportClient::new(channel).max_encoding_message_size(MESSAGE_BYTES_MAX);
     loop {

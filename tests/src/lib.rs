@@ -118,6 +118,7 @@ pub fn three_replicas(dir: &Path) -> LocalConfig {
         offers_planted: true,
         qemu: vec![],
         shards: DEFAULT_SHARDS,
+        tls: None,
         environment: BTreeMap::new(),
     }
 }

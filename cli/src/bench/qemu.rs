@@ -180,6 +180,7 @@ pub async fn qemu(command: BenchQemu, format: Format) -> Result<u8> {
         offers_planted: false,
         qemu: vec![],
         shards: DEFAULT_SHARDS,
+        tls: None,
         environment: BTreeMap::new(),
     })
     .await?;

@@ -23,16 +23,20 @@ use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 
 const OURS: &str = "ours: fdatasync on a majority, CRC32C and BLAKE3 checked, indexed";
-/// Loads: payload bytes, operations in flight, least ratio to etcd's throughput.
-const LOADS: [(usize, usize, &str); 3] =
-    [(64 << 10, 64, ">= 4"), (4 << 10, 1024, ">= 10"), (64 << 10, 1, "for information")];
+/// Loads: payload bytes, operations in flight, least ratio to etcd's throughput, and that
+/// with mutual TLS on our side alone.
+const LOADS: [(usize, usize, &str, &str); 3] = [
+    (64 << 10, 64, ">= 4", ">= 3"),
+    (4 << 10, 1024, ">= 10", ">= 8"),
+    (64 << 10, 1, "for information", "for information"),
+];
 /// Bytes of chunks in one request, about.
 const TOGETHER_BYTES: usize = 128 << 10;
 /// Bytes of a recording in the steady state, and how many are kept.
 const STEADY_BYTES: u64 = 128 << 20;
 const STEADY_KEPT: usize = 4;
 
-async fn start(dir: &Path, shards: u32) -> Result<(LocalCluster, StoreClient)> {
+async fn start(dir: &Path, shards: u32, tls: Option<&Path>) -> Result<(LocalCluster, StoreClient)> {
     let cluster = LocalCluster::start(LocalConfig {
         program: std::env::current_exe().context("find this program")?,
         dir: dir.to_path_buf(),
@@ -43,6 +47,7 @@ async fn start(dir: &Path, shards: u32) -> Result<(LocalCluster, StoreClient)> {
         offers_planted: false,
         qemu: vec![],
         shards,
+        tls: tls.map(Path::to_path_buf),
         environment: BTreeMap::new(),
     })
     .await?;
@@ -213,12 +218,13 @@ pub async fn store(command: BenchStore, format: Format) -> Result<u8> {
     eprintln!("  {OURS}\n  {ETCD_SETTINGS}\n  {NATS_SETTINGS}");
     let is_wanted = |part: &str| command.part.is_empty() || command.part.iter().any(|wanted| wanted == part);
     if is_wanted("peers") {
-        for (number, (payload_bytes, window, target)) in LOADS.into_iter().enumerate() {
+        for (number, (payload_bytes, window, target, tls_target)) in LOADS.into_iter().enumerate() {
             if command.load.is_some_and(|kib| kib << 10 != payload_bytes) {
                 continue;
             }
             let load = Load { payload_bytes, window, seconds: command.seconds };
-            against_peers(&mut rows, &dir.path().join(number.to_string()), &load, target).await?;
+            let (parts, tls) = (dir.path().join(number.to_string()), dir.path().join("tls"));
+            against_peers(&mut rows, &parts, &tls, &load, [target, tls_target]).await?;
         }
     }
     if is_wanted("steady") {
@@ -238,18 +244,33 @@ fn name_of(load: &Load) -> String {
     format!("{} KiB x {}", load.payload_bytes >> 10, load.window)
 }
 
-async fn against_peers(rows: &mut Rows, dir: &Path, load: &Load, target: &str) -> Result<()> {
-    let name = name_of(load);
-    let (cluster, store) = start(&dir.join("heddle"), 1).await?;
+/// Our own throughput, and the most bytes that a replica wrote.
+async fn ours(dir: &Path, load: &Load, tls: Option<&Path>) -> Result<(Measured, f64)> {
+    let (cluster, store) = start(dir, 1, tls).await?;
     let (before, _) = most_written(&cluster, &[0.0; 3]);
     let timing = load.start()?;
     let (latencies, ..) = append(&store, load, timing, u64::MAX).await?;
     let ours = Measured::new(load, latencies)?;
     let (_, written) = most_written(&cluster, &before);
+    cluster.stop().await;
+    let _ = std::fs::remove_dir_all(dir);
+    Ok((ours, written))
+}
+
+async fn against_peers(
+    rows: &mut Rows,
+    dir: &Path,
+    tls: &Path,
+    load: &Load,
+    [target, tls_target]: [&str; 2],
+) -> Result<()> {
+    let name = name_of(load);
+    let (ours_clear, written) = ours(&dir.join("heddle"), load, None).await?;
+    let (ours_tls, _) = ours(&dir.join("heddle-tls"), load, Some(tls)).await?;
+    let ours = ours_clear;
     // The warm-up writes, too; its bytes are in both.
     let share = 1.0 + 1.0 / load.seconds;
     let payload = ours.bytes as f64 * share;
-    cluster.stop().await;
     rows.row(
         &format!("{name}, bytes written"),
         written / 1e6,
@@ -277,7 +298,10 @@ async fn against_peers(rows: &mut Rows, dir: &Path, load: &Load, target: &str) -
         let payload = theirs.as_ref().map_or(0.0, |theirs| theirs.bytes as f64 * share);
         let row = format!("{name}, bytes that etcd wrote");
         rows.row(&row, written / 1e6, "payload", payload / 1e6, "MB", "for information");
-        compare(rows, "etcd", &theirs?, target);
+        let theirs = theirs?;
+        compare(rows, "etcd", &theirs, target);
+        let name = format!("{name}, mutual TLS");
+        rows.row(&name, ours_tls.mb_per_second(), "etcd in clear", theirs.mb_per_second(), "MB/s", tls_target);
     } else {
         rows.without(&name, "etcd", target, "not installed: apt-get install etcd-server");
     }
@@ -295,7 +319,7 @@ async fn against_peers(rows: &mut Rows, dir: &Path, load: &Load, target: &str) -
 
 /// Recordings come and go: segments are recycled, what lives is moved, checkpoints are written.
 async fn steady(rows: &mut Rows, dir: &Path, seconds: f64) -> Result<()> {
-    let (cluster, store) = start(dir, 1).await?;
+    let (cluster, store) = start(dir, 1, None).await?;
     let load = Load { payload_bytes: 64 << 10, window: 64, seconds };
     let timing = load.start()?;
     let mut kept: VecDeque<RecordingId> = VecDeque::new();
@@ -334,7 +358,7 @@ async fn steady(rows: &mut Rows, dir: &Path, seconds: f64) -> Result<()> {
 
 /// Many recordings at once on 64 shards against one.
 async fn many(rows: &mut Rows, dir: &Path, command: &BenchStore) -> Result<()> {
-    let (cluster, store) = start(dir, 64).await?;
+    let (cluster, store) = start(dir, 64, None).await?;
     let one = Load { payload_bytes: 64 << 10, window: 64, seconds: command.seconds };
     let (latencies, ..) = append(&store, &one, one.start()?, u64::MAX).await?;
     let alone = Measured::new(&one, latencies)?;
@@ -368,7 +392,7 @@ async fn many(rows: &mut Rows, dir: &Path, command: &BenchStore) -> Result<()> {
 
 /// Opening a store that holds many chunks, and a seek in it.
 async fn open(rows: &mut Rows, dir: &Path, chunks: u64) -> Result<()> {
-    let (mut cluster, store) = start(dir, 1).await?;
+    let (mut cluster, store) = start(dir, 1, None).await?;
     let load = Load { payload_bytes: 512, window: 4096, seconds: 600.0 };
     let timing = load.start()?;
     let (_, id, ..) = append(&store, &load, timing, chunks * 512).await?;

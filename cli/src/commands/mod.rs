@@ -18,16 +18,20 @@ pub mod transfer;
 
 use crate::args::{Args, Bench, Command, Record, Up};
 use crate::cluster::Cluster;
-use crate::exit::OK;
-use crate::local::{LocalCluster, LocalConfig};
-use crate::{bench, demo, serve};
+use crate::exit::{OK, USAGE, coded};
+use crate::local::{LocalCluster, LocalConfig, TLS_DIR};
+use crate::{bench, certificates, demo, serve};
 use anyhow::{Context, Result};
 use clap::CommandFactory;
+use heddle_storage::tls::Credentials;
 use std::collections::BTreeMap;
 
 /// Runs the command; its exit code.
 pub async fn run(args: Args) -> Result<u8> {
     let format = args.output;
+    if let Some(dir) = &args.tls {
+        Credentials::load(dir).map_err(|error| coded(USAGE, format!("--tls: {error}")))?.adopt();
+    }
     match args.command {
         Command::Demo(command) => return demo::run(command, format).await,
         Command::Up(command) => return up(command).await,
@@ -35,6 +39,7 @@ pub async fn run(args: Args) -> Result<u8> {
         Command::Doctor(command) => return doctor::run(command, format).await,
         Command::Bench(Bench::Qemu(command)) => return bench::qemu::qemu(command, format).await,
         Command::Bench(Bench::Store(command)) => return bench::store::store(command, format).await,
+        Command::Certificate(command) => return certificates::run(&command).map(|()| OK),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "heddle", &mut std::io::stdout());
             return Ok(OK);
@@ -64,6 +69,7 @@ pub async fn run(args: Args) -> Result<u8> {
         | Command::Serve(_)
         | Command::Doctor(_)
         | Command::Bench(_)
+        | Command::Certificate(_)
         | Command::Completions { .. } => Ok(OK),
     };
     cluster.close().await;
@@ -82,6 +88,7 @@ async fn up(command: Up) -> Result<u8> {
         offers_planted: command.offer_planted,
         qemu: command.qemu.clone(),
         shards: command.shards,
+        tls: command.mtls.then(|| command.data.join(TLS_DIR)),
         environment: BTreeMap::new(),
     })
     .await?;
