@@ -15,6 +15,11 @@ use bytes::Bytes;
 use heddle_proto::chunk::HEADER_BYTES;
 use heddle_proto::{ChunkHeader, Hash, RecordingId};
 
+/// Longest token of a writer, and longest address of a replica: a row's value must hold them.
+pub const TOKEN_BYTES_MAX: usize = 64;
+/// See [`TOKEN_BYTES_MAX`].
+pub const ADDRESS_BYTES_MAX: usize = 1024;
+
 /// What an applied command came to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -80,6 +85,7 @@ pub enum Planted {
     CommitOfOldTerm,
     SnapshotOverNewerLog,
     ReferenceDroppedEarly,
+    DamageTakenForTail,
 }
 
 /// A command with what is needed to apply it.
@@ -157,6 +163,9 @@ impl Entry<'_, '_> {
     }
 
     fn open(&mut self, id: RecordingId, token: Vec<u8>, fence: bool) -> Result<Outcome, Error> {
+        if token.len() > TOKEN_BYTES_MAX {
+            return refused(Refusal::Invalid("the token is too long".into()));
+        }
         let opened = |row: &RecordingRow| Outcome::Opened {
             epoch: row.epoch,
             events: row.chain.events,
@@ -439,6 +448,9 @@ impl Entry<'_, '_> {
     }
 
     fn member(&mut self, id: u64, address: String, wish: Wish) -> Result<Outcome, Error> {
+        if address.len() > ADDRESS_BYTES_MAX {
+            return refused(Refusal::Invalid("the address is too long".into()));
+        }
         let key = Key::member(id);
         let known = self.rows.get::<MemberRow>(&key)?;
         let is_gone = known.as_ref().is_some_and(|row| row.wish == Wish::Removed);

@@ -31,7 +31,8 @@ pub fn connect(address: &str) -> Result<Channel, Error> {
     match address.strip_prefix("unix:") {
         None => {
             let bad = |what: String| Error::Address { address: address.into(), what };
-            let endpoint = Endpoint::from_shared(address.to_string()).map_err(|error| bad(error.to_string()))?;
+            let endpoint =
+                Endpoint::from_shared(address.to_string()).map_err(|error| bad(error.to_string()))?;
             let is_secure = endpoint.uri().scheme_str() == Some("https");
             let endpoint = match Credentials::ours() {
                 Some(ours) if is_secure => {

@@ -130,6 +130,7 @@ impl Group {
         hard_state.commit = hard_state.commit.max(row.applied).min(log.last()).max(log.before().0);
         hard_state.term = hard_state.term.max(row.term);
         log.set_hard_state(hard_state);
+        log.set_applied(row.applied);
         let config = Config {
             id: me,
             election_tick: ELECTION_TICKS,
@@ -352,6 +353,10 @@ impl Group {
         self.flush_reads(now);
         while self.node.has_ready() {
             let mut ready = self.node.ready();
+            // With an entry that can't be read it would be ready for ever.
+            if let Some(error) = self.node.store().take_failed() {
+                return Err(error);
+            }
             round.messages.append(&mut ready.take_messages());
             let reads = ready.take_read_states();
             if !ready.snapshot().is_empty() {
@@ -504,6 +509,7 @@ impl Group {
         rows.put(&Key::group(self.id), &self.row());
         drop(rows);
         catalog.changed().notify_waiters();
+        self.node.mut_store().set_applied(self.applied.0);
         self.node.advance_apply_to(self.applied.0);
         for (replies, outcomes) in answers {
             let mut outcomes = outcomes.map(Vec::into_iter);
@@ -553,6 +559,7 @@ impl Group {
         let log = self.node.mut_store();
         log.begin_behind(index, term);
         log.set_conf_state(metadata.get_conf_state().clone());
+        log.set_applied(index);
         self.applied = (index, term);
         let mut rows = catalog.begin();
         rows.replace_group(self.id, fetch.rows)?;

@@ -128,6 +128,9 @@ impl Segments {
             offset: u64::from(location.offset),
             what: what.into(),
         };
+        if location.bytes as usize > DATA_BYTES_MAX {
+            return Err(corrupt("more bytes are named than a frame can have"));
+        }
         let files = self.files.read().unwrap_or_else(PoisonError::into_inner);
         let file = files.get(&location.segment).cloned();
         drop(files);

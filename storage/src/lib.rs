@@ -21,7 +21,7 @@ pub mod journal;
 pub mod keeper;
 mod keeping;
 mod members;
-mod mend;
+pub mod mend;
 pub mod placement;
 pub mod raft_log;
 mod reconcile;

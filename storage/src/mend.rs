@@ -70,18 +70,32 @@ impl Reader {
             let mut client = RaftTransportClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
             let request = v1::FetchRequest { cluster: self.cluster, key: key.to_vec().into() };
             let Ok(Ok(reply)) = tokio::time::timeout(PATIENCE, client.fetch(request)).await else { continue };
-            let is_it = |part: &Bytes| part.len() == at.bytes as usize && crc32c::crc32c(part) == at.crc;
-            let Some(bytes) = reply.into_inner().parts.into_iter().find(is_it) else { continue };
-            let (mut writer, data) = (self.writer.clone(), bytes.clone());
-            let group = Key::group_of(key);
-            let written = tokio::task::spawn_blocking(move || writer.write(vec![bulk_frame(group, data)]));
-            let places = written.await.map_err(|_| Error::Stopped)??;
-            let moved: BTreeMap<_, _> =
-                places.into_iter().map(|place| ((at.segment, at.offset), place)).collect();
-            self.replica.send(Input::Mended(key.to_vec(), moved));
+            let Some(bytes) = part_at(reply.into_inner().parts, at) else { continue };
+            let (mut writer, row, data) = (self.writer.clone(), key.to_vec(), bytes.clone());
+            let stored = tokio::task::spawn_blocking(move || store(&mut writer, row, at, data));
+            self.replica.send(stored.await.map_err(|_| Error::Stopped)??);
             tracing::warn!(from = id, bytes = at.bytes, "damaged bytes were mended from a peer");
             return Ok(Some(bytes));
         }
         Ok(None)
     }
+}
+
+/// All bytes that a row names here, for a peer that has lost some; none if there is no such row.
+pub fn parts(catalog: &Catalog, segments: &Segments, key: &[u8]) -> Result<Option<Vec<Bytes>>, Error> {
+    let Some(value) = catalog.raw(key)? else { return Ok(None) };
+    let parts: Result<_, Error> = locations(key, &value)?.into_iter().map(|at| segments.read(at)).collect();
+    parts.map(Some)
+}
+
+/// Of what a peer has sent, the bytes that have lain at `at`.
+pub fn part_at(parts: Vec<Bytes>, at: Location) -> Option<Bytes> {
+    parts.into_iter().find(|part| part.len() == at.bytes as usize && crc32c::crc32c(part) == at.crc)
+}
+
+/// Writes bytes again that a row names; what says so to the replica.
+pub fn store(sink: &mut dyn Sink, key: Vec<u8>, at: Location, bytes: Bytes) -> Result<Input, Error> {
+    let places = sink.write(vec![bulk_frame(Key::group_of(&key), bytes)])?;
+    let moved: BTreeMap<_, _> = places.into_iter().map(|place| ((at.segment, at.offset), place)).collect();
+    Ok(Input::Mended(key, moved))
 }

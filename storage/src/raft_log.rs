@@ -23,6 +23,8 @@ pub struct RaftLog {
     cached_from: u64,
     cached_bytes: usize,
     cache_bytes_max: usize,
+    /// What a snapshot has of it.
+    applied: u64,
     /// What a follower that lags too far can be sent: index, term and members.
     offer: Option<(u64, u64, ConfState)>,
     /// A follower needs a newer one.
@@ -53,6 +55,7 @@ impl RaftLog {
             cached_from: before.0 + 1,
             cached_bytes: 0,
             cache_bytes_max,
+            applied: 0,
             offer: None,
             is_asked: Cell::new(false),
             failed: RefCell::new(None),
@@ -167,6 +170,11 @@ impl RaftLog {
         self.conf_state = conf_state;
     }
 
+    /// Rows follow the entries up to this one.
+    pub fn set_applied(&mut self, index: u64) {
+        self.applied = index;
+    }
+
     /// What can be sent to a follower that lags too far.
     pub fn set_offer(&mut self, offer: Option<(u64, u64, ConfState)>) {
         self.offer = offer;
@@ -213,23 +221,23 @@ impl RaftLog {
         }
     }
 
-    fn entry(&self, index: u64) -> raft::Result<Entry> {
+    /// An entry, or why it can't be read.
+    fn entry(&self, index: u64) -> raft::Result<Result<Entry, Error>> {
         let unavailable = || raft::Error::Store(StorageError::Unavailable);
         let slot = self.slot(index).ok_or_else(unavailable)?;
         let data = match (&slot.data, slot.at) {
             (Some(data), _) => data.clone(),
-            // raft-rs panics at any other error; whoever runs it looks for what failed.
-            (None, Some(at)) => self.segments.read(at).map_err(|error| {
-                self.failed.replace(Some(error));
-                raft::Error::Store(StorageError::LogTemporarilyUnavailable)
-            })?,
+            (None, Some(at)) => match self.segments.read(at) {
+                Ok(data) => data,
+                Err(error) => return Ok(Err(error)),
+            },
             (None, None) => return Err(unavailable()),
         };
         let mut entry = Entry { index, term: slot.term, data, ..Entry::default() };
         if slot.kind == FrameKind::ConfChange {
             entry.set_entry_type(EntryType::EntryConfChangeV2);
         }
-        Ok(entry)
+        Ok(Ok(entry))
     }
 }
 
@@ -263,7 +271,7 @@ impl Storage for RaftLog {
         low: u64,
         high: u64,
         max_size: impl Into<Option<u64>>,
-        _: GetEntriesContext,
+        context: GetEntriesContext,
     ) -> raft::Result<Vec<Entry>> {
         if low <= self.before.0 {
             return Err(raft::Error::Store(StorageError::Compacted));
@@ -275,7 +283,22 @@ impl Storage for RaftLog {
         let mut size = 0;
         let mut entries = vec![];
         for index in low..high {
-            let entry = self.entry(index)?;
+            let entry = match self.entry(index)? {
+                Ok(entry) => entry,
+                // A snapshot has what was applied: a follower gets that instead.
+                Err(error @ Error::Corrupt { .. }) if context.can_async() && index <= self.applied => {
+                    if !entries.is_empty() {
+                        break;
+                    }
+                    tracing::error!(%error, index, "an entry is damaged: a follower is sent a snapshot");
+                    return Err(raft::Error::Store(StorageError::Compacted));
+                }
+                // raft-rs panics at an error; whoever runs it looks for what failed.
+                Err(error) => {
+                    self.failed.borrow_mut().get_or_insert(error);
+                    break;
+                }
+            };
             size += entry.data.len() as u64;
             if !entries.is_empty() && max_size.is_some_and(|max| size > max) {
                 break;

@@ -4,6 +4,7 @@
 //! on disk are used only if they name that checkpoint and are not ahead of the logs;
 //! otherwise they are thrown away and made anew.
 
+use crate::apply::Planted;
 use crate::catalog::{Catalog, Changes};
 use crate::core::{Core, CoreConfig};
 use crate::disk::Disk;
@@ -23,6 +24,8 @@ use std::sync::Arc;
 /// Index and term that every group of a new cluster begins behind, so that a replica that
 /// comes later gets the first members by a snapshot.
 const FIRST: (u64, u64) = (1, 1);
+/// No log gets so far: a higher index is garbage, and nothing that is added overflows.
+const INDEX_MAX: u64 = u64::MAX >> 1;
 
 /// A group as the scan finds it.
 struct Found {
@@ -66,6 +69,11 @@ pub fn open(
     let mut found: Vec<Found> = (0..groups).map(new).collect();
     let mut numbers = BTreeMap::new();
     for scanned in scanned {
+        // The planted fault: the log ends before a damaged entry, as if it had never been synced.
+        let is_entry = matches!(scanned.frame.kind, FrameKind::Entry | FrameKind::ConfChange);
+        if config.planted == Planted::DamageTakenForTail && is_entry && !scanned.is_whole {
+            continue;
+        }
         take(&mut found, &mut numbers, scanned, groups)?;
     }
     if found.iter().all(|group| group.base.is_none()) && !voters.is_empty() {
@@ -117,6 +125,9 @@ fn take(
     };
     match frame.kind {
         FrameKind::Entry | FrameKind::ConfChange => {
+            if !(1..=INDEX_MAX).contains(&frame.index) {
+                return Err(damaged("an entry's index"));
+            }
             if !is_whole {
                 group.damaged.push((frame.index, at));
             }
@@ -135,6 +146,9 @@ fn take(
             }
             let end: CheckpointEnd =
                 postcard::from_bytes(&frame.data).map_err(|_| damaged("the end of a checkpoint"))?;
+            if end.group.applied > INDEX_MAX {
+                return Err(damaged("the end of a checkpoint"));
+            }
             let mut rows = std::mem::take(&mut group.rows);
             // What a checkpoint that was cut short has left stands before.
             let extra = rows.len().saturating_sub(end.frames as usize);

@@ -145,7 +145,7 @@ pub struct ChunkRow {
 impl ChunkRow {
     /// The event behind its last one.
     pub fn end_event(&self) -> u64 {
-        self.first_event + u64::from(self.events)
+        self.first_event.saturating_add(u64::from(self.events))
     }
 
     /// Appends it to a page.
@@ -370,7 +370,7 @@ pub fn relocated(
             if row.state != RecordingState::Deleted {
                 row.manifest = place(row.manifest);
             }
-            encode(&row)
+            encode_again(key, &row)?
         }
         Some(b'c' | b'w') => {
             let mut page = Vec::with_capacity(value.len());
@@ -379,9 +379,19 @@ pub fn relocated(
         }
         Some(b'b') => {
             let row = decode::<BlockRow>(key, value)?;
-            encode(&BlockRow { at: place(row.at), ..row })
+            encode_again(key, &BlockRow { at: place(row.at), ..row })?
         }
-        Some(b'm') => encode(&place(decode(key, value)?)),
+        Some(b'm') => encode_again(key, &place(decode(key, value)?))?,
         _ => value.to_vec(),
     })
+}
+
+/// A value that came from a peer may grow over the bound when its place gets longer numbers.
+fn encode_again<T: Serialize>(key: &[u8], value: &T) -> Result<Vec<u8>, Error> {
+    let bytes = postcard::to_stdvec(value).expect("plain data encodes to memory");
+    if bytes.len() > VALUE_BYTES_MAX {
+        let kind = key.get(2).copied().unwrap_or(b'?') as char;
+        return Err(Error::Row(format!("a row of kind {kind} has {} bytes", bytes.len())));
+    }
+    Ok(bytes)
 }

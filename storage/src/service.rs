@@ -1,6 +1,6 @@
 //! The gRPC service: checks requests, proposes commands, answers reads.
 
-use crate::apply::{Outcome, Refusal};
+use crate::apply::{ADDRESS_BYTES_MAX, Outcome, Refusal, TOKEN_BYTES_MAX};
 use crate::catalog::Catalog;
 use crate::client::StoreClient;
 use crate::command::{BULK_BYTES_MAX, Command, Proposal};
@@ -224,7 +224,7 @@ impl LogStore for StoreService {
     async fn open(&self, request: Request<v1::OpenRequest>) -> Result<Response<v1::OpenReply>, Status> {
         let request = request.into_inner();
         let recording = recording_id(&request.recording)?;
-        if request.manifest.len() > MANIFEST_BYTES_MAX || request.token.len() > 64 {
+        if request.manifest.len() > MANIFEST_BYTES_MAX || request.token.len() > TOKEN_BYTES_MAX {
             return Err(Status::invalid_argument("manifest or token is too long"));
         }
         let shard = self.shard_of(recording, !request.fence).await?;
@@ -531,7 +531,7 @@ impl LogStore for StoreService {
             "removed" => Wish::Removed,
             other => return Err(Status::invalid_argument(format!("{other} is nothing a replica can be"))),
         };
-        if r.id == 0 || r.address.len() > 1024 {
+        if r.id == 0 || r.address.len() > ADDRESS_BYTES_MAX {
             return Err(Status::invalid_argument("the id is zero, or the address too long"));
         }
         let command = Command::Member { id: r.id, address: r.address, wish };

@@ -35,7 +35,9 @@ impl Credentials {
             // rustls says no more of such a file than that it found nothing.
             match String::from_utf8_lossy(&bytes).contains(mark) {
                 true => Ok(bytes),
-                false => Err(Error::Identity { path, what: format!("no \"{mark}\" in it: it is not in PEM") }),
+                false => {
+                    Err(Error::Identity { path, what: format!("no \"{mark}\" in it: it is not in PEM") })
+                }
             }
         };
         let credentials = Credentials {

@@ -7,8 +7,9 @@ use crate::core::{Envelope, Input};
 use crate::error::{Error, IoContext};
 use crate::install::{Page, PageRow};
 use crate::journal::{DATA_BYTES_MAX, Segments};
+use crate::mend;
 use crate::replica::Handle;
-use crate::schema::{Key, MemberRow, VALUE_BYTES_MAX, Wish, locations};
+use crate::schema::{Key, MemberRow, VALUE_BYTES_MAX, Wish};
 use crate::server::write_synced;
 use bytes::Bytes;
 use heddle_proto::v1;
@@ -151,7 +152,7 @@ impl Outbound {
 
 /// A message for the wire, and about how many bytes it has. Entries' data travels beside
 /// Raft's message, so that it is copied once.
-fn encode(group: u32, envelope: Envelope) -> Option<(GroupMessage, usize)> {
+pub fn encode(group: u32, envelope: Envelope) -> Option<(GroupMessage, usize)> {
     let mut out = GroupMessage { group, ..GroupMessage::default() };
     let bytes = match envelope {
         Envelope::Raft { mut message, .. } => {
@@ -270,11 +271,9 @@ impl RaftTransport for TransportService {
             return Err(Status::invalid_argument("this is another cluster"));
         }
         let internal = |error: Error| Status::data_loss(error.to_string());
-        let value = self.catalog.raw(&request.key).map_err(internal)?;
-        let value = value.ok_or_else(|| Status::not_found("no such row"))?;
-        let places = locations(&request.key, &value).map_err(internal)?;
-        let parts: Result<Vec<Bytes>, Error> = places.into_iter().map(|at| self.segments.read(at)).collect();
-        Ok(Response::new(v1::FetchReply { parts: parts.map_err(internal)? }))
+        let parts = mend::parts(&self.catalog, &self.segments, &request.key).map_err(internal)?;
+        let parts = parts.ok_or_else(|| Status::not_found("no such row"))?;
+        Ok(Response::new(v1::FetchReply { parts }))
     }
 }
 
@@ -319,8 +318,8 @@ impl KnownPeers {
     }
 }
 
-/// Decodes a message and checks all that raft-rs would panic on.
-fn decode(message: GroupMessage, from: u64, to: u64, groups: u32) -> Result<Envelope, Status> {
+/// Decodes a message of peer `from` and checks all that raft-rs would panic on.
+pub fn decode(message: GroupMessage, from: u64, to: u64, groups: u32) -> Result<Envelope, Status> {
     let bad = |what: &str| Status::invalid_argument(format!("raft message: {what}"));
     let group = message.group;
     if group >= groups {
@@ -331,7 +330,9 @@ fn decode(message: GroupMessage, from: u64, to: u64, groups: u32) -> Result<Enve
     }
     if let Some(page) = message.page {
         let row = |row: v1::PageRow| {
-            let is_of_group = Key::group_of(&row.key) == group && row.value.len() <= VALUE_BYTES_MAX;
+            let is_short = row.value.len() <= VALUE_BYTES_MAX
+                && row.parts.iter().all(|part| part.len() <= DATA_BYTES_MAX);
+            let is_of_group = Key::group_of(&row.key) == group && is_short;
             let (key, value) = (row.key.to_vec(), row.value.to_vec());
             is_of_group.then_some(PageRow { key, value, parts: row.parts })
         };

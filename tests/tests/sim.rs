@@ -48,8 +48,17 @@ fn nothing_promised_is_lost_under_any_seed() {
     assert!(found.is_empty(), "{} of {count} seeds: {}; {again}", found.len(), shown.join("\n"));
     println!("{count} seeds: {seen:?}");
     // A run in which nothing goes wrong shows nothing.
-    for what in ["crashes", "failed disks", "full disks", "partitions", "replicas added", "replicas removed"]
-    {
+    for what in [
+        "crashes",
+        "failed disks",
+        "full disks",
+        "partitions",
+        "replicas added",
+        "replicas removed",
+        "strikes of rot",
+        "bytes mended",
+        "replicas replaced",
+    ] {
         assert!(seen.get(what).is_some_and(|n| *n > 0), "no {what}");
     }
     assert!(seen["looks at a snapshot on its way"] > 0);
@@ -72,6 +81,7 @@ fn every_planted_fault_is_found() {
         Planted::CommitOfOldTerm,
         Planted::SnapshotOverNewerLog,
         Planted::ReferenceDroppedEarly,
+        Planted::DamageTakenForTail,
     ] {
         let (found, _) = seeds(400, planted, true);
         let (seed, what) = found.first_key_value().unwrap_or_else(|| panic!("{planted:?} was not found"));

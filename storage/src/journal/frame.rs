@@ -22,6 +22,8 @@ pub const FRAME_BYTES: usize = 48;
 pub const BATCH_BYTES: usize = 40;
 /// Largest data of a frame; a longer one is garbage.
 pub const DATA_BYTES_MAX: usize = 16 << 20;
+/// No journal gets so far; a number beyond it is garbage, and nothing that is added overflows.
+const LSN_MAX: u64 = u64::MAX >> 1;
 const VERSION: u32 = 2;
 const SEGMENT_MAGIC: u32 = u32::from_le_bytes(*b"HDLJ");
 const BATCH_MAGIC: u32 = u32::from_le_bytes(*b"HDLB");
@@ -180,7 +182,8 @@ impl BatchHead {
             bytes: u32_at(head, 32),
             frames: u32_at(head, 36),
         };
-        (is_one && batch.segment == segment).then_some(batch)
+        let is_sane = batch.first_lsn.max(batch.synced_lsn) <= LSN_MAX;
+        (is_one && is_sane && batch.segment == segment).then_some(batch)
     }
 
     /// Where the next batch begins, if this one begins at `at`.

@@ -92,19 +92,18 @@ pub(super) fn open(
     if let Some(gap) = (begin..=newest_number).zip(&contents).find(|(number, c)| *number != c.number) {
         return Err(corrupt(&*disk, gap.0, 0, "the segment is missing".into()));
     }
+    // Each says where the one before ends, and has all hard states: none is taken if damaged.
+    let mut ends = vec![];
+    for content in &contents {
+        let opening = opening_of(content).ok_or_else(|| {
+            corrupt(&*disk, content.number, BLOCK, "the segment's first frame is damaged".into())
+        })?;
+        ends.push(opening.previous_end as usize);
+    }
     let mut hard_states = BTreeMap::new();
     let mut end = End { at: BLOCK, next_lsn: 0, is_torn: false, marked_lsn: 0 };
     for (i, content) in contents.iter().enumerate() {
-        let follower = contents.get(i + 1);
-        let limit = match follower {
-            Some(next) => {
-                let opening = opening_of(next).ok_or_else(|| {
-                    corrupt(&*disk, next.number, BLOCK, "the segment's first frame is damaged".into())
-                })?;
-                Some(opening.previous_end as usize)
-            }
-            None => None,
-        };
+        let limit = ends.get(i + 1).copied();
         let mut take = |scanned: Scanned| {
             let frame = &scanned.frame;
             match frame.kind {

@@ -99,6 +99,20 @@ fn a_damaged_batch_that_was_synced_is_corruption() {
 }
 
 #[test]
+fn a_damaged_first_frame_is_corruption_in_the_oldest_segment_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, mut journal) = reopen(dir.path()).unwrap();
+    for i in 1..40 {
+        journal.append(&[entry(i, vec![i as u8; 20_000])]).unwrap();
+    }
+    drop(journal);
+    // Its data: hard states are in it.
+    flip(&first_segment(dir.path()), (BLOCK + BATCH_BYTES + FRAME_BYTES + 1) as u64);
+    let error = reopen(dir.path()).unwrap_err();
+    assert!(error.to_string().contains("first frame is damaged"), "{error}");
+}
+
+#[test]
 fn a_frame_with_damaged_data_is_handed_on_as_damaged_if_it_was_synced() {
     let dir = tempfile::tempdir().unwrap();
     let (_, mut journal) = reopen(dir.path()).unwrap();

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 const USAGE: &str = "sim [--seeds N] [--from SEED] [--planted ack-before-fsync|vote-not-persisted|\
-commit-of-old-term|snapshot-over-newer-log|reference-dropped-early] [--threads N]";
+commit-of-old-term|snapshot-over-newer-log|reference-dropped-early|damage-taken-for-tail] [--threads N]";
 
 fn planted_of(name: &str) -> Option<Planted> {
     Some(match name {
@@ -18,6 +18,7 @@ fn planted_of(name: &str) -> Option<Planted> {
         "commit-of-old-term" => Planted::CommitOfOldTerm,
         "snapshot-over-newer-log" => Planted::SnapshotOverNewerLog,
         "reference-dropped-early" => Planted::ReferenceDroppedEarly,
+        "damage-taken-for-tail" => Planted::DamageTakenForTail,
         _ => return None,
     })
 }

@@ -10,6 +10,7 @@ use heddle_storage::core::Core;
 use heddle_storage::journal::Location;
 use heddle_storage::placement::{block_shard, placement};
 use heddle_storage::schema::{BlockRow, Key, RecordingRow, RecordingState, Wish, relocated};
+use raft::eraftpb::{Message, MessageType};
 use raft::{StateRole, Storage as _};
 use std::collections::BTreeMap;
 
@@ -24,6 +25,11 @@ pub struct Checks {
     states: BTreeMap<(u32, u64), Hash>,
     applied: BTreeMap<(u64, u64, u32), u64>,
     led: BTreeMap<(u64, u64, u32), Option<u64>>,
+    /// Whom a replica has voted for in a term of a group.
+    votes: BTreeMap<(u64, u32, u64), u64>,
+    /// Life of a replica, and index and term of two entries of a group that it had made
+    /// durable: one that it knew to be committed, and the last.
+    durable: BTreeMap<(u64, u32), (u64, [(u64, u64); 2])>,
     looks: u64,
 }
 
@@ -42,6 +48,20 @@ fn state_of(core: &Core, group: u32) -> Hash {
 }
 
 impl Checks {
+    /// Hears what a replica says: in one term it votes once, whatever its disk has forgotten.
+    pub fn hear(&mut self, id: u64, group: u32, message: &Message) -> Option<String> {
+        let candidate = match message.get_msg_type() {
+            MessageType::MsgRequestVote => id,
+            MessageType::MsgRequestVoteResponse if !message.reject => message.to,
+            _ => return None,
+        };
+        let first = *self.votes.entry((id, group, message.term)).or_insert(candidate);
+        let (term, is_other) = (message.term, first != candidate);
+        is_other.then(|| {
+            format!("replica {id} voted for {first} and {candidate} in term {term} of group {group}")
+        })
+    }
+
     /// Looks at a replica that has just done something.
     pub fn look(&mut self, world: &mut World, index: usize) {
         self.looks += 1;
@@ -71,6 +91,25 @@ impl Checks {
                         group.id, replica.id
                     ));
                 }
+            }
+            let log = &raft.raft_log;
+            let durable = [log.persisted.min(commit), log.persisted];
+            let durable = durable.map(|index| (index, log.term(index).unwrap_or(0)));
+            let (life, old) =
+                self.durable.insert((replica.id, group.id), (replica.life, durable)).unwrap_or_default();
+            if life > 0 && life != replica.life {
+                let store = group.node.store();
+                let is_gone = |(index, term): &(u64, u64)| {
+                    self.committed.get(&(group.id, *index)) == Some(term)
+                        && *index > store.before().0
+                        && store.term(*index).ok() != Some(*term)
+                };
+                found.extend(old.iter().filter(|&entry| is_gone(entry)).map(|(index, term)| {
+                    format!(
+                        "replica {} forgot the synced entry {index} of group {}, of term {term}",
+                        replica.id, group.id
+                    )
+                }));
             }
             // A leader counts replicas for entries of its own term alone (Raft, 5.4.2).
             let led = self.led.insert(key, (raft.state == StateRole::Leader).then_some(raft.term));
@@ -124,6 +163,9 @@ impl Checks {
             }
         }
         for index in 0..world.replicas.len() {
+            if world.removed.contains(&(index as u64 + 1)) {
+                continue;
+            }
             let Some(running) = &world.replicas[index].running else {
                 found.push(format!("replica {} did not come back", index + 1));
                 continue;
@@ -210,7 +252,9 @@ fn bytes_are_held(world: &World, group: u32, commit: u64) -> Option<String> {
             || log.location(commit).is_some_and(|at| {
                 let name = format!("{:016x}.seg", at.segment);
                 let bytes = replica.disk.durable(&name, at.offset as usize, at.bytes as usize);
-                bytes.is_some_and(|bytes| crc32c::crc32c(&bytes) == at.crc)
+                // It had them when it said so.
+                let is_rotten = replica.disk.is_rotten(&name, at.offset as usize, at.bytes as usize);
+                is_rotten || bytes.is_some_and(|bytes| crc32c::crc32c(&bytes) == at.crc)
             });
         holders += u32::from(is_held);
     }

@@ -261,6 +261,9 @@ impl SimClient {
                     let row = running.core.catalog().get::<RecordingRow>(&Key::recording(shard, self.id));
                     let row = row.ok().flatten().filter(|row| row.state != RecordingState::Deleted);
                     let found = row.map(|row| (progress(row.state), row.chain.events));
+                    if let Some((_, events)) = found {
+                        self.read_last(world, index, shard, events);
+                    }
                     self.note(world, Asked::Get, since, Some(Said::Found(found)));
                 }
                 Err(oneshot::error::TryRecvError::Empty) if !is_late => {
@@ -268,6 +271,31 @@ impl SimClient {
                 }
                 _ => {}
             },
+        }
+    }
+
+    /// Reads the last whole chunk of so many events: its bytes or an error, and no others.
+    fn read_last(&self, world: &mut World, index: usize, shard: u32, events: u64) {
+        let known = self.chunks.iter().rev().find(|chunk| chunk.header.end_event() <= events);
+        let Some(running) = &world.replicas[index].running else { return };
+        let Some(chunk) = known else { return };
+        let first = chunk.header.first_event;
+        let page = running.core.catalog().chunks_at(shard, self.id, first);
+        let row = page.ok().and_then(|(key, rows)| {
+            rows.into_iter().find(|row| row.first_event == first).map(|row| (key, row.at))
+        });
+        let read = row.map(|(key, at)| world.read(index, &key, at));
+        match read {
+            Some(Ok(bytes)) if bytes == chunk.bytes => {}
+            Some(Err(_)) if world.is_struck(index) => world.see("reads that rot has failed"),
+            other => {
+                let what = other.map(|read| read.map(|bytes| bytes.len()).map_err(|e| e.to_string()));
+                let id = self.id;
+                world.violation(format!(
+                    "a reader of the chunk at event {first} of {id} at replica {} got {what:?}",
+                    index + 1
+                ));
+            }
         }
     }
 

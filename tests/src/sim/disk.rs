@@ -1,10 +1,11 @@
-//! A simulated disk: what was not synced may be lost, in part or whole, when it is cut.
+//! A simulated disk: what was not synced may be lost, in part or whole, when it is cut, and
+//! what was synced may rot.
 
 use heddle_storage::disk::{Disk, DiskFile};
 use heddle_storage::error::Error;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IoSlice};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,6 +21,8 @@ struct File {
     durable: Vec<u8>,
     /// Written since the last sync.
     written: Vec<(usize, usize)>,
+    /// Bytes that have rotted, and were not written since.
+    rotten: BTreeSet<usize>,
 }
 
 #[derive(Debug, Default)]
@@ -64,7 +67,8 @@ impl SimDisk {
                     }
                 }
             }
-            let new = File { now: durable.clone(), durable, written: vec![] };
+            let rotten = old.rotten.clone();
+            let new = File { now: durable.clone(), durable, written: vec![], rotten };
             drop(old);
             *file = Arc::new(Mutex::new(new));
         }
@@ -83,6 +87,47 @@ impl SimDisk {
     /// From now on writes and syncs fail, until it is cut.
     pub fn fail(&self) {
         lock(&self.0).fails = true;
+    }
+
+    /// Whether writes fail.
+    pub fn is_failing(&self) -> bool {
+        lock(&self.0).fails
+    }
+
+    /// From now on writes and syncs go well again.
+    pub fn recover(&self) {
+        lock(&self.0).fails = false;
+    }
+
+    /// All files, as they are on the disk.
+    pub fn files(&self) -> Vec<(String, Vec<u8>)> {
+        let state = lock(&self.0);
+        state.files.iter().map(|(name, file)| (name.clone(), lock(file).durable.clone())).collect()
+    }
+
+    /// What was written long ago changes: a bit, a byte, or all of a sector.
+    pub fn rot(&self, name: &str, at: usize, rng: &mut ChaCha8Rng) {
+        let state = lock(&self.0);
+        let Some(file) = state.files.get(name) else { return };
+        let mut file = lock(file);
+        let File { now, durable, rotten, .. } = &mut *file;
+        let sector = at / SECTOR * SECTOR..at / SECTOR * SECTOR + SECTOR;
+        let flip: u8 = if rng.gen_bool(0.5) { 1u8 << rng.gen_range(0u32..8) } else { rng.gen_range(1..=255) };
+        if rng.gen_bool(0.2) && durable[sector.clone()].iter().any(|byte| *byte != 0) {
+            rotten.extend(sector.clone().filter(|at| durable[*at] != 0));
+            durable[sector.clone()].fill(0);
+            now[sector].fill(0);
+        } else {
+            rotten.insert(at);
+            durable[at] ^= flip;
+            now[at] = durable[at];
+        }
+    }
+
+    /// Whether any of these bytes has rotted.
+    pub fn is_rotten(&self, name: &str, at: usize, len: usize) -> bool {
+        let state = lock(&self.0);
+        state.files.get(name).is_some_and(|file| lock(file).rotten.range(at..at + len).next().is_some())
     }
 
     /// The bytes of a file that are on the disk.
@@ -113,7 +158,7 @@ impl Disk for SimDisk {
             return Err(Error::Io { what: "create", path: self.path(name), source });
         }
         let zeros = vec![0; bytes as usize];
-        let file = File { now: zeros.clone(), durable: zeros, written: vec![] };
+        let file = File { now: zeros.clone(), durable: zeros, ..File::default() };
         state.files.insert(name.into(), Arc::new(Mutex::new(file)));
         Ok(())
     }
@@ -181,6 +226,7 @@ impl DiskFile for SimFile {
             }
             file.now[at..at + part.len()].copy_from_slice(part);
             file.written.push((at, part.len()));
+            file.rotten.retain(|rotten| !(at..at + part.len()).contains(rotten));
             at += part.len();
         }
         Ok(())
@@ -189,7 +235,7 @@ impl DiskFile for SimFile {
     fn sync(&self) -> io::Result<()> {
         self.check()?;
         let mut file = lock(&self.file);
-        let File { now, durable, written } = &mut *file;
+        let File { now, durable, written, .. } = &mut *file;
         for (at, len) in written.drain(..) {
             durable[at..at + len].copy_from_slice(&now[at..at + len]);
         }

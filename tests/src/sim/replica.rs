@@ -47,7 +47,8 @@ pub struct SimReplica {
     voters: Vec<u64>,
 }
 
-struct Direct<'a>(&'a mut Journal);
+/// Writes to the journal at once.
+pub(super) struct Direct<'a>(pub(super) &'a mut Journal);
 
 impl Sink for Direct<'_> {
     fn write(&mut self, frames: Vec<Frame>) -> Result<Vec<Location>, Error> {
@@ -135,6 +136,16 @@ impl SimReplica {
         }
         running.core.take(Input::Full(is_full))?;
         Ok(!running.writer.is_idle())
+    }
+
+    /// Runs the writer once, in this life.
+    pub fn write_if(&mut self, life: u64) -> Result<bool, Error> {
+        if self.life == life { self.write() } else { Ok(false) }
+    }
+
+    /// Runs the keeper once, in this life.
+    pub fn keep_if(&mut self, life: u64) -> Result<bool, Error> {
+        if self.life == life { self.keep() } else { Ok(false) }
     }
 
     /// Runs the keeper once. A full disk makes it try again later.

@@ -3,16 +3,14 @@
 use super::checks::Checks;
 use super::client::{Promised, SimClient};
 use super::replica::SimReplica;
+use super::rot::Rot;
 use heddle_storage::apply::Planted;
-use heddle_storage::command::{Command, Proposal};
 use heddle_storage::core::{Envelope, Input, Output};
 use heddle_storage::error::Error;
-use heddle_storage::schema::Wish;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash as _, Hasher};
-use tokio::sync::oneshot;
 
 /// Units of time between two ticks.
 const TICK: u64 = 50;
@@ -43,6 +41,7 @@ enum Event {
     Restart(usize),
     Client(usize),
     Trouble,
+    Rot,
 }
 
 /// The world.
@@ -63,17 +62,19 @@ pub struct World {
     clock: u64,
     trace: DefaultHasher,
     /// Links that are cut, from and to.
-    cut: Vec<(usize, usize)>,
+    pub(super) cut: Vec<(usize, usize)>,
     loss: f64,
-    is_peace: bool,
+    pub(super) is_peace: bool,
     checks: Checks,
-    removed: Vec<u64>,
+    /// Replicas that are gone for good.
+    pub(super) removed: Vec<u64>,
+    pub(super) rot: Option<Rot>,
 }
 
 /// Runs a world of this seed to its end.
 pub fn run(seed: u64, planted: Planted) -> Outcome {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut world = World::new(&mut rng, planted);
+    let mut world = World::new(seed, &mut rng, planted);
     let going = std::panic::AssertUnwindSafe(|| world.go(&mut rng));
     if let Err(panic) = std::panic::catch_unwind(going) {
         let what = panic.downcast_ref::<String>().cloned();
@@ -86,7 +87,7 @@ pub fn run(seed: u64, planted: Planted) -> Outcome {
 }
 
 impl World {
-    fn new(rng: &mut ChaCha8Rng, planted: Planted) -> World {
+    fn new(seed: u64, rng: &mut ChaCha8Rng, planted: Planted) -> World {
         let voters = vec![1, 2, 3];
         let replicas = (1..=3).map(|id| SimReplica::new(id, voters.clone())).collect();
         let mut world = World {
@@ -106,6 +107,7 @@ impl World {
             is_peace: false,
             checks: Checks::default(),
             removed: vec![],
+            rot: Rot::of(seed),
         };
         for index in 0..3 {
             world.start(index, rng);
@@ -114,6 +116,9 @@ impl World {
             world.at(slot as u64 * 7, Event::Client(slot));
         }
         world.at(500, Event::Trouble);
+        if world.rot.is_some() {
+            world.at(600, Event::Rot);
+        }
         world
     }
 
@@ -138,7 +143,7 @@ impl World {
         self.events.insert((self.now + delay, self.next_event), event);
     }
 
-    fn start(&mut self, index: usize, rng: &mut ChaCha8Rng) {
+    pub(super) fn start(&mut self, index: usize, rng: &mut ChaCha8Rng) {
         let (groups, planted) = (self.groups, self.planted);
         match self.replicas[index].start(rng, groups, planted) {
             Ok(()) => {
@@ -152,7 +157,16 @@ impl World {
                 self.replicas[index].disk.set_free(u64::MAX);
                 self.at(100, Event::Restart(index));
             }
-            Err(error) => self.violation(format!("replica {} can't be opened: {error}", index + 1)),
+            Err(error) => self.stopped(index, error),
+        }
+    }
+
+    /// A replica has stopped for good, which rot alone may do.
+    fn stopped(&mut self, index: usize, error: Error) {
+        if self.is_struck(index) && matches!(error, Error::Corrupt { .. } | Error::Version { .. }) {
+            self.lose(index);
+        } else {
+            self.violation(format!("replica {} has stopped: {error}", index + 1));
         }
     }
 
@@ -170,15 +184,15 @@ impl World {
         if let Some(running) = &mut self.replicas[index].running
             && let Err(error) = running.core.take(input)
         {
-            self.violation(format!("replica {}: {error}", index + 1));
+            self.stopped(index, error);
         }
     }
 
     /// Hands on what a replica wants done.
-    fn after(&mut self, index: usize, rng: &mut ChaCha8Rng) {
+    pub(super) fn after(&mut self, index: usize, rng: &mut ChaCha8Rng) {
         let outputs = match self.replicas[index].work() {
             Ok(outputs) => outputs,
-            Err(error) => return self.violation(format!("replica {}: {error}", index + 1)),
+            Err(error) => return self.stopped(index, error),
         };
         for output in outputs {
             match output {
@@ -187,6 +201,10 @@ impl World {
                     let Some(running) = &self.replicas[index].running else { continue };
                     match serve.read(&running.writer.journal.segments()) {
                         Ok(page) => self.send(index, serve.to, Envelope::Page(page), rng),
+                        // It is asked for again; until then the bytes may have been mended.
+                        Err(Error::Corrupt { .. }) if self.is_struck(index) => {
+                            self.see("pages that rot has kept back");
+                        }
                         Err(error) => self.violation(format!("a page can't be read: {error}")),
                     }
                 }
@@ -220,6 +238,11 @@ impl World {
     }
 
     fn send(&mut self, from: usize, to: u64, envelope: Envelope, rng: &mut ChaCha8Rng) {
+        if let Envelope::Raft { group, message } = &envelope
+            && let Some(what) = self.checks.hear(from as u64 + 1, *group, message)
+        {
+            self.violation(what);
+        }
         let to = to as usize - 1;
         let is_cut = self.cut.contains(&(from, to));
         if to >= self.replicas.len() || (!self.is_peace && (is_cut || rng.gen_bool(self.loss))) {
@@ -289,9 +312,14 @@ impl World {
                     }
                 }
                 Event::Trouble => self.trouble(&clients, rng),
+                Event::Rot => {
+                    let delay = self.rot(rng);
+                    self.at(delay, Event::Rot);
+                }
             }
         }
         if self.violation.is_none() {
+            self.scrub();
             let mut checks = std::mem::take(&mut self.checks);
             checks.finish(self);
         }
@@ -306,7 +334,7 @@ impl World {
                 self.see("failed disks");
                 self.crash(index, rng);
             }
-            Err(error) => self.violation(format!("replica {}: {error}", index + 1)),
+            Err(error) => self.stopped(index, error),
         }
     }
 
@@ -339,6 +367,8 @@ impl World {
         self.cut.clear();
         for index in 0..self.replicas.len() {
             self.replicas[index].disk.set_free(u64::MAX);
+            // One that failed while its replica had nothing to write has been noticed by nobody.
+            self.replicas[index].disk.recover();
             if self.replicas[index].running.is_none() {
                 self.at(rng.gen_range(1..50), Event::Restart(index));
             }
@@ -384,41 +414,5 @@ impl World {
             }
         }
         self.at(rng.gen_range(50..900), Event::Trouble);
-    }
-
-    /// A fourth replica comes, or one that is not needed goes; by an entry of shard 0.
-    fn change_members(&mut self, rng: &mut ChaCha8Rng) {
-        let leads = |r: &SimReplica| r.running.as_ref().is_some_and(|r| r.core.groups()[0].leads());
-        let Some(leader) = self.replicas.iter().position(leads) else { return };
-        let (id, wish) = if self.replicas.len() == 3 {
-            self.see("replicas added");
-            self.replicas.push(SimReplica::new(4, vec![]));
-            self.start(3, rng);
-            (4, Wish::Member)
-        } else if rng.gen_bool(0.5) {
-            (rng.gen_range(1..=3), Wish::Drained)
-        } else if rng.gen_bool(0.5) {
-            (4, Wish::Member)
-        } else {
-            // Only one of the first three ever goes.
-            (2, Wish::Removed)
-        };
-        if wish == Wish::Removed {
-            self.see("replicas removed");
-        }
-        let command = Command::Member { id, address: format!("http://replica-{id}"), wish };
-        let (reply, _) = oneshot::channel();
-        self.input(leader, Input::Propose(0, Proposal { command, bulk: bytes::Bytes::new() }, reply));
-        self.after(leader, rng);
-    }
-}
-
-impl SimReplica {
-    fn write_if(&mut self, life: u64) -> Result<bool, Error> {
-        if self.life == life { self.write() } else { Ok(false) }
-    }
-
-    fn keep_if(&mut self, life: u64) -> Result<bool, Error> {
-        if self.life == life { self.keep() } else { Ok(false) }
     }
 }
