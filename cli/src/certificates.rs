@@ -6,7 +6,8 @@ use crate::args::Certificate;
 use anyhow::{Context, Result};
 use heddle_storage::tls::{AUTHORITY, CERTIFICATE, KEY};
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose,
 };
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
@@ -40,7 +41,8 @@ pub fn issue(authority: &Path, out: &Path, hosts: &[String], days: i64) -> Resul
     let key = KeyPair::generate().context("make a key")?;
     let mut params = params("heddle part", hosts, days)?;
     // A part serves and calls.
-    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     let certificate = params.signed_by(&key, &issuer).context("sign the certificate")?;
     std::fs::create_dir_all(out).with_context(|| format!("create {}", out.display()))?;
@@ -62,7 +64,8 @@ fn authority_of(dir: &Path) -> Result<(String, Issuer<'static, KeyPair>)> {
         write(&certificate_path, &certificate.pem(), false)?;
         write(&key_path, &key.serialize_pem(), true)?;
     }
-    let read = |path: &Path| std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()));
+    let read =
+        |path: &Path| std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()));
     let (certificate, key) = (read(&certificate_path)?, read(&key_path)?);
     let key = KeyPair::from_pem(&key).with_context(|| format!("{} holds no key", key_path.display()))?;
     let issuer = Issuer::from_ca_cert_pem(&certificate, key)

@@ -107,8 +107,11 @@ impl Cluster {
         let channel = connect(url).map_err(|e| coded(USAGE, e.to_string()))?;
         let info = CoordinatorClient::new(channel).info(v1::InfoRequest {}).await;
         // What answers a plain caller of a TLS port is noise to HTTP/2.
-        let hint =
-            if url.starts_with("http://") { "; is it one with mutual TLS? name it by https:// then" } else { "" };
+        let hint = if url.starts_with("http://") {
+            "; is it one with mutual TLS? name it by https:// then"
+        } else {
+            ""
+        };
         let info = info.map_err(|e| {
             coded(NO_QUORUM, format!("no coordinator answers at {url}: {}{hint}", e.message()))
         })?;

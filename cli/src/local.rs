@@ -62,7 +62,6 @@ impl Reserved {
         socket.bind("127.0.0.1:0".parse()?)?;
         Ok(Reserved { address: socket.local_addr()?, _socket: socket })
     }
-
 }
 
 /// The processes. All end when this is dropped, and with this process, however it ends.

@@ -148,7 +148,12 @@ impl BlockCache {
         let mut bytes = Vec::with_capacity(image.bytes as usize);
         for index in self.get(&hashes(&top[0])?).await? {
             for part in hashes(&index)?.chunks(128) {
-                self.store.get_blocks(part).await?.iter().for_each(|block| bytes.extend_from_slice(block));
+                for block in self.store.get_blocks(part).await? {
+                    // A list may name one block often: no more is kept than the image has.
+                    let is_within = (bytes.len() + block.len()) as u64 <= image.bytes;
+                    ensure!(is_within, "{} has more blocks than its length asks for", image.name);
+                    bytes.extend_from_slice(&block);
+                }
             }
         }
         ensure!(

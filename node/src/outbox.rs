@@ -285,7 +285,8 @@ fn resume_at(bytes: &Bytes, from: usize) -> Option<usize> {
         let len = u32::from_le_bytes(bytes[frame..frame + 4].try_into().ok()?) as usize;
         let sum = u32::from_le_bytes(bytes[frame + 4..frame + 8].try_into().ok()?);
         let chunk = bytes.get(at..at.checked_add(len)?)?;
-        (checksum(chunk) == sum).then_some(frame)
+        // An empty one would be found again and again.
+        (len > 0 && checksum(chunk) == sum).then_some(frame)
     })
 }
 

@@ -280,6 +280,9 @@ impl Chunk {
             return Err(ChunkError::Malformed("raw length differs from the header's"));
         }
         let events = columns::decode(&raw, &self.header)?;
+        if events.first().map(|e| e.icount) != Some(self.header.first_icount) {
+            return Err(ChunkError::Malformed("first icount differs from the header's"));
+        }
         if events.last().map(|e| e.icount) != Some(self.header.last_icount) {
             return Err(ChunkError::Malformed("last icount differs from the header's"));
         }

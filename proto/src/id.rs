@@ -62,7 +62,8 @@ macro_rules! hex_id {
             type Err = IdError;
             fn from_str(text: &str) -> Result<Self, IdError> {
                 let bad = || IdError { expected: $len * 2, got: text.to_string() };
-                if text.len() != $len * 2 || !text.is_ascii() {
+                // A sign, which from_str_radix takes, is no digit.
+                if text.len() != $len * 2 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
                     return Err(bad());
                 }
                 let mut out = [0; $len];

@@ -95,11 +95,38 @@ impl PageTree {
         PageTree::nodes(pages, root, source).map(|mut tree| std::mem::take(&mut tree.levels[0]))
     }
 
-    /// The hashes of all blocks under this root: nodes and pages.
+    /// The hashes of all blocks under this root: nodes and pages. What this takes is bounded by
+    /// the blocks that are there, not by the number of pages that somebody claims.
     pub fn blocks(pages: usize, root: Hash, source: &mut dyn BlockSource) -> Result<Vec<Hash>, String> {
-        let tree = PageTree::nodes(pages, root, source)?;
-        // A tree over one page has no node: its root is the page.
-        Ok(tree.levels.into_iter().flatten().filter(|hash| *hash != Hash::ZERO).collect())
+        // Pages that a node of this level can have below it. Over one page there is no node:
+        // the root is the page.
+        let mut span = 1;
+        while span < pages {
+            span *= FANOUT;
+        }
+        let mut all = vec![];
+        // Each node of a level, by its hash and the pages below it, once.
+        let mut level = BTreeSet::from([(root, pages.max(1))]);
+        while span > 1 {
+            let below = span / FANOUT;
+            let nodes: Vec<(Hash, usize)> =
+                level.into_iter().filter(|(hash, _)| *hash != Hash::ZERO).collect();
+            level = BTreeSet::new();
+            for batch in nodes.chunks(FANOUT) {
+                let hashes: Vec<Hash> = batch.iter().map(|(hash, _)| *hash).collect();
+                for ((_, pages), bytes) in batch.iter().zip(source.blocks(&hashes)?) {
+                    let mut left = *pages;
+                    for child in children_in(&bytes, pages.div_ceil(below))? {
+                        level.insert((child, left.min(below)));
+                        left -= left.min(below);
+                    }
+                }
+                all.extend(hashes);
+            }
+            span = below;
+        }
+        all.extend(level.into_iter().map(|(hash, _)| hash).filter(|hash| *hash != Hash::ZERO));
+        Ok(all)
     }
 
     /// Rebuilds the tree with this root, and gives every page that is not zeros.
@@ -134,17 +161,20 @@ impl PageTree {
                 for (node, bytes) in batch.iter().zip(source.blocks(&hashes)?) {
                     let from = node * FANOUT;
                     let len = tree.children(level, *node).len();
-                    if bytes.len() != len * 32 {
-                        return Err(format!("a tree node has {} bytes, not {}", bytes.len(), len * 32));
-                    }
-                    for (i, hash) in bytes.chunks_exact(32).enumerate() {
-                        tree.levels[level - 1][from + i] = Hash(hash.try_into().expect("chunks of 32 bytes"));
-                    }
+                    tree.levels[level - 1][from..from + len].copy_from_slice(&children_in(&bytes, len)?);
                 }
             }
         }
         Ok(tree)
     }
+}
+
+/// The hashes of a node's block, which must have `count`.
+fn children_in(block: &[u8], count: usize) -> Result<Vec<Hash>, String> {
+    if block.len() != count * 32 {
+        return Err(format!("a tree node has {} bytes, not {}", block.len(), count * 32));
+    }
+    Ok(block.chunks_exact(32).map(|hash| Hash(hash.try_into().expect("chunks of 32 bytes"))).collect())
 }
 
 fn concat(hashes: &[Hash]) -> Vec<u8> {

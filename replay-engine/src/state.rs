@@ -23,8 +23,10 @@ pub struct StateTree {
     disks: Vec<PageTree>,
 }
 
-/// Bounds what a root may make its reader allocate: 64 GiB of pages.
-const PAGES_MAX: u64 = 1 << 24;
+/// Bounds what a root may make its reader do: 4 GiB, the most RAM or disk that there can be.
+const PAGES_MAX: u64 = 1 << 20;
+/// Most disks, as in a manifest.
+const DISKS_MAX: usize = 8;
 
 /// A snapshot: its root block's hash, and the blocks that are new since the last one.
 #[derive(Clone, Debug)]
@@ -64,6 +66,9 @@ fn read_root(root: Hash, source: &mut dyn BlockSource) -> Result<SnapshotRoot, S
 /// The hashes of all blocks of a snapshot, its root among them.
 pub fn snapshot_blocks(root: Hash, source: &mut dyn BlockSource) -> Result<Vec<Hash>, String> {
     let snapshot = read_root(root, source)?;
+    if snapshot.disks.len() > DISKS_MAX {
+        return Err(format!("the snapshot claims {} disks", snapshot.disks.len()));
+    }
     let mut blocks = vec![root];
     let trees = [(snapshot.ram_pages, snapshot.ram)].into_iter().chain(snapshot.disks);
     for (pages, tree) in trees {

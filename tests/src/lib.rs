@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 pub mod device;
+pub mod formats;
 pub mod linear;
 pub mod recording_model;
 pub mod sim;
@@ -32,6 +33,14 @@ pub fn program() -> PathBuf {
 /// `sample`, or `full` when the large counts are asked for.
 pub fn count(sample: u64, full: u64) -> u64 {
     if std::env::var_os("HEDDLE_FULL").is_some() { full } else { sample }
+}
+
+/// What a test's random choices come from: `HEDDLE_SEED`, or a new one. It is printed.
+pub fn seed() -> u64 {
+    let given = std::env::var("HEDDLE_SEED").ok();
+    let seed = given.map_or_else(rand::random, |seed| seed.parse().unwrap());
+    eprintln!("HEDDLE_SEED={seed}");
+    seed
 }
 
 /// Runs `heddle` with an embedded cluster in a directory of its own.

@@ -301,7 +301,14 @@ async fn against_peers(
         let theirs = theirs?;
         compare(rows, "etcd", &theirs, target);
         let name = format!("{name}, mutual TLS");
-        rows.row(&name, ours_tls.mb_per_second(), "etcd in clear", theirs.mb_per_second(), "MB/s", tls_target);
+        rows.row(
+            &name,
+            ours_tls.mb_per_second(),
+            "etcd in clear",
+            theirs.mb_per_second(),
+            "MB/s",
+            tls_target,
+        );
     } else {
         rows.without(&name, "etcd", target, "not installed: apt-get install etcd-server");
     }

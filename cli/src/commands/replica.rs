@@ -19,7 +19,12 @@ pub async fn run(cluster: &Cluster, command: ReplicaCommand) -> Result<u8> {
             let parsed = replica.split_once('=').and_then(|(id, url)| Some((id.parse::<u64>().ok()?, url)));
             let (id, url) = parsed
                 .filter(|(id, url)| *id > 0 && (url.starts_with("http://") || url.starts_with("https://")))
-                .ok_or_else(|| coded(USAGE, format!("{replica}: expected ID=URL, as http://HOST:PORT or https://HOST:PORT")))?;
+                .ok_or_else(|| {
+                    coded(
+                        USAGE,
+                        format!("{replica}: expected ID=URL, as http://HOST:PORT or https://HOST:PORT"),
+                    )
+                })?;
             store.set_member(id, url, "member").await?;
             until(cluster, wait.timeout, "it votes in", |shard, _| shard.voters.contains(&id)).await
         }

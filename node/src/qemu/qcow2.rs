@@ -113,7 +113,11 @@ impl<'f> Qcow2<'f> {
                 let large = if extra_bytes >= 8 { be64(&rest, 0) } else { 0 };
                 let vm_state_bytes = if large > 0 { large } else { u64::from(be32(&head, 32)) };
                 ensure!(l1_entries * 8 <= L1_BYTES_MAX, "a qcow2 snapshot with {l1_entries} L1 entries");
-                ensure!(vm_state_bytes <= VM_STATE_BYTES_MAX, "a VM state of {vm_state_bytes} bytes");
+                let most = self.file.metadata().context("look at the qcow2 file")?.len();
+                ensure!(
+                    vm_state_bytes <= VM_STATE_BYTES_MAX.min(most) && l1_entries * 8 <= most,
+                    "a VM state of {vm_state_bytes} bytes and {l1_entries} L1 entries in a file of {most}"
+                );
                 let l1 = self.read(l1_offset, l1_entries * 8)?;
                 let l1 = l1.chunks_exact(8).map(|entry| be64(entry, 0)).collect();
                 return Ok(Snapshot { l1, vm_state_bytes });
@@ -127,11 +131,15 @@ impl<'f> Qcow2<'f> {
     fn clusters_from(&self, snapshot: &Snapshot, first: u64, end: u64) -> Result<Vec<(u64, Cluster)>> {
         let entries = self.cluster / 8;
         let mut found = vec![];
+        // Tables are each there once: what they take is bounded by the file's length.
+        let mut tables_left = self.file.metadata().context("look at the qcow2 file")?.len() / self.cluster;
         for (table, l1) in snapshot.l1.iter().enumerate().skip((first / entries) as usize) {
             let base = table as u64 * entries;
             if l1 & OFFSET == 0 || base >= end {
                 continue;
             }
+            ensure!(tables_left > 0, "the qcow2 file names more tables than it has room for");
+            tables_left -= 1;
             let l2 = self.read(l1 & OFFSET, self.cluster)?;
             for (slot, entry) in l2.chunks_exact(8).enumerate() {
                 let (index, entry) = (base + slot as u64, be64(entry, 0));

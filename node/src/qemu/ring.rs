@@ -181,7 +181,8 @@ impl Ring {
     /// room for.
     pub fn push(&mut self, bytes: &[u8]) -> Result<usize> {
         let written = self.offset()?.max(HEADER_BYTES);
-        let room = BYTES - (written - self.taken.max(HEADER_BYTES));
+        let used = written.checked_sub(self.taken.max(HEADER_BYTES)).filter(|used| *used <= BYTES);
+        let room = BYTES - used.with_context(|| format!("{} is damaged", self.path.display()))?;
         let bytes = &bytes[..bytes.len().min(room as usize)];
         let mut done = 0;
         while done < bytes.len() {
@@ -247,7 +248,10 @@ impl Ring {
     fn marks_since(&self, from: u64) -> Result<(Vec<(u64, Thread)>, u64)> {
         let written = self.number(MARKS_WRITTEN)?;
         ensure!(written.saturating_sub(from) <= MARKS, "{} is damaged", self.path.display());
-        let base = PAGE + self.number(BYTES_AT)?;
+        // QEMU maps it: the number may have changed since the ring was opened.
+        let bytes = self.number(BYTES_AT)?;
+        ensure!(bytes == 0 || bytes == BYTES, "{} has other bounds", self.path.display());
+        let base = PAGE + bytes;
         let mut marks = Vec::with_capacity(written.saturating_sub(from) as usize);
         let mut at = from;
         while at < written {

@@ -142,11 +142,11 @@ pub fn capture(tracker: &mut Tracker, name: &str, vm_state: &Path, disks: &[Path
     let digest =
         vmstate::digest(ram.iter().map(|(name, bytes, root)| (name.as_str(), *bytes, *root)), &leaves);
     let icount = state.icount().context("the VM state has no icount")?;
+    let ahead = state.instructions_ahead().context("the VM state stands in the middle of an event")?;
     let root = Root {
         version: VERSION,
         position: Position { icount, event: 0 },
-        log_icount: icount
-            + state.instructions_ahead().context("the VM state stands in the middle of an event")?,
+        log_icount: icount.checked_add(ahead).context("the VM state's icount is beyond any")?,
         log_offset: state.log_offset().context("the VM state has no log offset")?,
         digest,
         ram,
@@ -203,9 +203,15 @@ pub fn read_root(hash: Hash, source: &mut dyn BlockSource) -> Result<Root> {
 
 pub(crate) fn get_blob(blob: &Blob, source: &mut dyn BlockSource) -> Result<Vec<u8>> {
     ensure!(blob.bytes <= BLOB_BYTES_MAX, "a part of the snapshot claims {} bytes", blob.bytes);
+    // How many there must be is known before they are read: a list may name one block often.
+    let expected = blob.bytes.div_ceil(BLOB_BLOCK as u64);
+    ensure!(blob.blocks.len() as u64 == expected, "a part of the snapshot has another number of blocks");
     let mut bytes = Vec::with_capacity(blob.bytes as usize);
     for part in blob.blocks.chunks(64) {
-        source.blocks(part).map_err(|e| anyhow!(e))?.iter().for_each(|block| bytes.extend_from_slice(block));
+        for block in source.blocks(part).map_err(|e| anyhow!(e))? {
+            ensure!(block.len() <= BLOB_BLOCK, "a block of a part of the snapshot is too long");
+            bytes.extend_from_slice(&block);
+        }
     }
     ensure!(bytes.len() as u64 == blob.bytes, "a part of the snapshot has another length");
     Ok(bytes)

@@ -25,7 +25,10 @@ const RAM: &str = "ram";
 /// Bounds what a description may make of a state.
 const FIELDS_MAX: usize = 1 << 20;
 const BLOCKS_MAX: usize = 256;
-const BLOCK_BYTES_MAX: u64 = 64 << 30;
+/// All RAM blocks together: the most guest RAM, and room for video RAM and ROMs.
+const RAM_BYTES_MAX: u64 = 80 << 30;
+/// Bytes of all fields' names together; a description can repeat a field in a few bytes.
+const NAMES_BYTES_MAX: usize = 256 << 20;
 
 /// Fields that honestly differ between a recording's state and its replay's at the same
 /// position, with the reason. Everything else is in the digest.
@@ -93,6 +96,8 @@ pub struct VmState<'a> {
 struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
+    /// Bytes of the fields' names so far.
+    names: usize,
 }
 
 impl<'a> Reader<'a> {
@@ -120,6 +125,11 @@ impl<'a> Reader<'a> {
     fn u64(&mut self) -> Result<u64, VmStateError> {
         Ok(u64::from_be_bytes(self.take(8)?.try_into().expect("8 bytes")))
     }
+    /// A field is visited: bounds the work that a description asks for.
+    fn visit(&mut self, path: &str) -> Result<(), VmStateError> {
+        self.names += path.len() + 1;
+        if self.names > NAMES_BYTES_MAX { self.error("more fields than a state can have") } else { Ok(()) }
+    }
     /// A name with its length in a byte.
     fn name(&mut self) -> Result<String, VmStateError> {
         let len = usize::from(self.u8()?);
@@ -130,7 +140,7 @@ impl<'a> Reader<'a> {
 impl<'a> VmState<'a> {
     /// Parses a state.
     pub fn parse(bytes: &'a [u8]) -> Result<VmState<'a>, VmStateError> {
-        let mut r = Reader { bytes, at: 0 };
+        let mut r = Reader { bytes, at: 0, names: 0 };
         if r.take(8)? != MAGIC {
             r.at = 0;
             return r.error("it does not begin with QEVM, version 3");
@@ -223,13 +233,13 @@ impl<'a> VmState<'a> {
             match flags & !0x20 {
                 0x04 => {
                     let mut total = address;
+                    let known: u64 = self.ram.iter().map(|block| block.bytes).sum();
+                    if total > RAM_BYTES_MAX - known {
+                        return r.error(format!("{total} bytes of RAM"));
+                    }
                     while total > 0 {
                         let (name, bytes) = (r.name()?, r.u64()?);
-                        if bytes == 0
-                            || bytes > total
-                            || bytes > BLOCK_BYTES_MAX
-                            || self.ram.len() >= BLOCKS_MAX
-                        {
+                        if bytes == 0 || bytes > total || self.ram.len() >= BLOCKS_MAX {
                             return r.error(format!("RAM block {name} of {bytes} bytes"));
                         }
                         total -= bytes;
@@ -270,8 +280,10 @@ impl<'a> VmState<'a> {
             if count > FIELDS_MAX as u64 || self.fields.len() > FIELDS_MAX {
                 return r.error("more fields than a state can have");
             }
+            r.visit(&base)?;
             for i in 0..count {
                 let path = if count > 1 { format!("{base}[{i}]") } else { base.clone() };
+                r.visit(&path)?;
                 match field.get("struct") {
                     Some(inner) => self.walk(r, &format!("{path}/"), inner)?,
                     None => {
