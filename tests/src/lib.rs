@@ -7,8 +7,10 @@
 pub mod device;
 pub mod formats;
 pub mod linear;
+pub mod network;
 pub mod recording_model;
 pub mod sim;
+pub mod witness;
 
 use heddle_cli::cluster::Cluster;
 use heddle_cli::local::{DEFAULT_SHARDS, LocalCluster, LocalConfig};

@@ -54,7 +54,8 @@ async fn a_cluster_with_mutual_tls_works_and_is_closed_to_others() {
     std::fs::copy(tls.join("ca.pem"), other.join("ca.pem")).unwrap();
     get_with(&other).await.expect(7);
     // A part with credentials does not talk in clear.
-    let args = ["--tls", text(&tls), "serve", "coordinator", "--listen", "127.0.0.1:0", "--replica", &in_clear];
+    let args =
+        ["--tls", text(&tls), "serve", "coordinator", "--listen", "127.0.0.1:0", "--replica", &in_clear];
     let said = heddle(&args).await.expect(2);
     assert!(said.err.contains("in clear"), "{}", said.err);
     // A file that is none.

@@ -11,7 +11,7 @@ use heddle_cli::local::LocalCluster;
 use heddle_proto::{Body, Chunk, ChunkBuilder, Event, Hash, RecordingId, Role, v1};
 use heddle_storage::{StoreClient, StoreError};
 use heddle_tests::device::{Device, may_mount};
-use heddle_tests::{append, chunks, count, new_id, three_replicas, until};
+use heddle_tests::{append, chunks, count, new_id, seed, three_replicas, until};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, RngCore, SeedableRng};
@@ -38,12 +38,7 @@ async fn nothing_acknowledged_is_lost_to_a_power_cut() {
     if !may_mount() {
         return;
     }
-    let seed: u64 = match std::env::var("HEDDLE_SEED") {
-        Ok(seed) => seed.parse().unwrap(),
-        Err(_) => rand::random(),
-    };
-    eprintln!("HEDDLE_SEED={seed}");
-    let mut random = StdRng::seed_from_u64(seed);
+    let mut random = StdRng::seed_from_u64(seed());
     let dir = TempDir::new().unwrap();
     let device = Device::new(dir.path(), "device", DEVICE_BYTES);
     let config = three_replicas(&device.path().join("cluster"));
