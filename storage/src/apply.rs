@@ -92,6 +92,8 @@ pub enum Planted {
 pub struct Entry<'a, 'b> {
     /// The group.
     pub group: u32,
+    /// The entry's index.
+    pub index: u64,
     /// The command's bulk.
     pub bulk: Bytes,
     /// Where the entry lies.
@@ -123,7 +125,7 @@ impl Entry<'_, '_> {
             }
             Command::PutBlocks { owner, blocks } => self.put_blocks(owner, blocks),
             Command::Pin { owner, hashes } => self.pin(owner, hashes),
-            Command::DropOwner { owner } => self.drop_owner(owner),
+            Command::DropOwner { owner, until } => self.drop_owner(owner, until),
             Command::MetaAcquire { .. } => {
                 let epoch = self.rows.get::<u64>(&Key::epoch())?.unwrap_or(0) + 1;
                 self.rows.put(&Key::epoch(), &epoch);
@@ -141,10 +143,15 @@ impl Entry<'_, '_> {
                 if placed.is_none() {
                     self.rows.put(&key, &shard);
                 }
+                self.count_on(recording);
                 Ok(Outcome::Placed(placed.unwrap_or(shard)))
             }
-            Command::Unplace { recording } => {
+            Command::Unplace { recording, until } => {
+                if self.is_counted_on(recording, until)? {
+                    return refused(Refusal::BeingDeleted);
+                }
                 self.rows.remove(Key::placed(recording).0);
+                self.rows.remove(Key::last(self.group, recording).0);
                 Ok(Outcome::Done)
             }
             Command::Member { id, address, wish } => self.member(id, address, wish),

@@ -23,8 +23,13 @@ pub type Client = LogStoreClient<Channel>;
 /// How long a request is retried while no leader is there.
 const PATIENCE: Duration = Duration::from_secs(15);
 const RETRY: Duration = Duration::from_millis(50);
-/// How long one attempt may take.
+/// How long one attempt may take, at most and at least: who has little patience must come to
+/// ask another replica before it is over.
 const ATTEMPT: Duration = Duration::from_secs(5);
+const ATTEMPT_MIN: Duration = Duration::from_millis(500);
+/// Attempts that patience has time for.
+const ATTEMPTS: u32 = 3;
+const _: () = assert!(PATIENCE.as_millis() >= ATTEMPT.as_millis() * ATTEMPTS as u128);
 /// Raw bytes of blocks put together into one request.
 const BLOCKS_BYTES: usize = 1 << 20;
 /// Requests that carry blocks, at a time.
@@ -191,6 +196,17 @@ impl StoreClient {
         index.is_some_and(|named| named != tried)
     }
 
+    /// How long one attempt may take.
+    fn attempt(&self) -> Duration {
+        (self.patience / ATTEMPTS).clamp(ATTEMPT_MIN, ATTEMPT)
+    }
+
+    /// The answer, if it begins in time. What is not heard of in time is asked of others.
+    async fn in_time<T>(&self, answer: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+        let late = |_| Status::unavailable("no answer in time");
+        tokio::time::timeout(self.attempt(), answer).await.map_err(late)?
+    }
+
     /// Calls the leader, again and again while there is none.
     async fn call<T, F, Fut>(&self, route: impl Into<Route>, request: F) -> Result<T, StoreError>
     where
@@ -202,18 +218,20 @@ impl StoreClient {
         let mut named_in_a_row = 0;
         loop {
             let tried = self.tried(route);
-            let attempt = tokio::time::timeout(ATTEMPT, request(self.number(tried)?)).await;
-            let status = match attempt {
-                Ok(Ok(response)) => return Ok(response.into_inner()),
-                Ok(Err(status)) => status,
-                Err(_) => Status::unavailable("no answer in time"),
+            let status = match self.in_time(request(self.number(tried)?)).await {
+                Ok(response) => return Ok(response.into_inner()),
+                Err(status) => status,
             };
-            let may_retry = is_transient(&status) || status.code() == Code::DeadlineExceeded;
-            if !may_retry || Instant::now() >= until {
+            if !is_transient(&status) && status.code() != Code::DeadlineExceeded {
+                return Err(status.into());
+            }
+            // Also if it is over: the next call is not to begin with who is silent.
+            let is_named = self.redirect(route, tried, &status);
+            if Instant::now() >= until {
                 return Err(status.into());
             }
             // Replicas that name each other in turn are not asked without a pause.
-            if self.redirect(route, tried, &status) && named_in_a_row < 2 {
+            if is_named && named_in_a_row < 2 {
                 named_in_a_row += 1;
             } else {
                 named_in_a_row = 0;
@@ -363,7 +381,7 @@ impl StoreClient {
             let lost = |status| self.transient(id.into(), tried, status);
             let attempt = async {
                 let mut client = self.number(tried)?;
-                let mut stream = client.read(request).await.map_err(lost)?.into_inner();
+                let mut stream = self.in_time(client.read(request)).await.map_err(lost)?.into_inner();
                 while let Some(reply) = stream.message().await.map_err(lost)? {
                     let chunk = Chunk::parse(reply.chunk).map_err(|e| StoreError::Corrupt(e.to_string()))?;
                     let header = &chunk.header;
@@ -406,7 +424,8 @@ impl StoreClient {
             let tried = self.tried(id);
             let lost = |status| self.transient(id.into(), tried, status);
             let attempt = async {
-                let mut stream = self.number(tried)?.read(request).await.map_err(lost)?.into_inner();
+                let mut client = self.number(tried)?;
+                let mut stream = self.in_time(client.read(request)).await.map_err(lost)?.into_inner();
                 while let Some(reply) = stream.message().await.map_err(lost)? {
                     let chunk = Chunk::parse(reply.chunk).map_err(|e| StoreError::Corrupt(e.to_string()))?;
                     until = Instant::now() + self.patience;
@@ -466,5 +485,36 @@ impl StoreClient {
             })
             .await?;
         Ok(reply.rows)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use std::net::TcpListener;
+
+    /// Its connections are made, and nothing is ever said on them.
+    fn silent() -> (TcpListener, String) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        (listener, address)
+    }
+
+    #[tokio::test]
+    async fn the_impatient_ask_another_replica_next() {
+        let silent = [silent(), silent()];
+        let addresses = silent.iter().map(|(_, address)| address.clone()).collect();
+        let store = StoreClient::new(addresses).with_patience(Duration::ZERO);
+        let id = RecordingId([7; 16]);
+        let began = Instant::now();
+        for tried in [0, 1, 0] {
+            assert_eq!(store.tried(id), tried);
+            assert!(matches!(store.get(id).await, Err(StoreError::Unavailable(_))));
+        }
+        assert!(matches!(store.read(id, 0, 0).await, Err(StoreError::Unavailable(_))));
+        assert_eq!(store.tried(id), 0);
+        assert!(began.elapsed() < ATTEMPT, "{:?}", began.elapsed());
     }
 }

@@ -4,6 +4,8 @@
 //! entry data   version u8 | 0 x3 | commands u32, then of each:
 //!              head bytes u32 | bulk bytes u32 | head (postcard) | bulk
 //! ```
+//! Version 2 differs in this: `DropOwner` and `Unplace` had no `until`, their last field.
+//!
 //! The bulk (a chunk, a manifest, blocks) is copied once, into the entry, and stays where
 //! the journal puts that: rows point at it.
 
@@ -17,7 +19,12 @@ use crate::schema::Wish;
 pub const BULK_BYTES_MAX: usize = 8 << 20;
 /// An entry that has so many bytes takes no further command.
 pub const ENTRY_BYTES: usize = 256 << 10;
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
+/// The oldest that is read.
+const VERSION_MIN: u8 = 2;
+/// What a command of version 2 lacks, as postcard has it: the highest index. A command that
+/// lacks nothing ends before it.
+const UNTIL_EVER: [u8; 10] = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01];
 const PREFIX: usize = 8;
 
 /// The small part of a command.
@@ -128,10 +135,13 @@ pub enum Command {
         /// The blocks.
         hashes: Vec<Hash>,
     },
-    /// A recording that is deleted refers to no block of this shard any more.
+    /// A recording that is deleted refers to no block of this shard any more. Refused if it
+    /// was made to by an entry behind `until`: that may be a later recording of this id.
     DropOwner {
         /// The recording.
         owner: RecordingId,
+        /// An index of this group from before the recording was seen to be deleted.
+        until: u64,
     },
     /// Removes what is left of a deleted recording, once it refers to no block.
     Forget {
@@ -150,10 +160,13 @@ pub enum Command {
         /// Where.
         shard: u32,
     },
-    /// Forgets the shard of a recording that is gone.
+    /// Forgets the shard of a recording that is gone. Refused if it was placed again by an
+    /// entry behind `until`.
     Unplace {
         /// Which.
         recording: RecordingId,
+        /// An index of group 0 from before the recording was seen to be gone.
+        until: u64,
     },
     /// What a replica is to be.
     Member {
@@ -210,8 +223,9 @@ pub fn encode<'a>(proposals: impl IntoIterator<Item = &'a Proposal>) -> Bytes {
 /// The commands of an entry, each with where its bulk begins.
 pub fn decode(data: &Bytes) -> Result<Vec<(Proposal, usize)>, String> {
     let prefix = data.get(..PREFIX).ok_or("entry is shorter than its prefix")?;
-    if prefix[0] != VERSION {
-        return Err(format!("entry has version {}; this build reads {VERSION}", prefix[0]));
+    let version = prefix[0];
+    if !(VERSION_MIN..=VERSION).contains(&version) {
+        return Err(format!("entry has version {version}; this build reads {VERSION_MIN} to {VERSION}"));
     }
     let u32_at = |at: usize| {
         let bytes = data.get(at..at + 4).ok_or("entry is cut short")?;
@@ -223,7 +237,11 @@ pub fn decode(data: &Bytes) -> Result<Vec<(Proposal, usize)>, String> {
         let (head_bytes, bulk_bytes) = (u32_at(at)?, u32_at(at + 4)?);
         let bulk_at = at + 8 + head_bytes;
         let head = data.get(at + 8..bulk_at).ok_or("entry is shorter than a head")?;
-        let command = postcard::from_bytes(head).map_err(|e| format!("a head: {e}"))?;
+        let command = match version {
+            VERSION => postcard::from_bytes(head),
+            _ => postcard::from_bytes(&[head, &UNTIL_EVER[..]].concat()),
+        };
+        let command = command.map_err(|e| format!("a head: {e}"))?;
         at = bulk_at + bulk_bytes;
         if at > data.len() {
             return Err("entry is shorter than a bulk".into());
@@ -234,4 +252,41 @@ pub fn decode(data: &Bytes) -> Result<Vec<(Proposal, usize)>, String> {
         return Err("entry has bytes behind its last command".into());
     }
     Ok(proposals)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    const ID: RecordingId = RecordingId([7; 16]);
+
+    /// An entry of version 2 that holds one command without bulk.
+    fn version_2(variant: u8, fields: &[u8]) -> Bytes {
+        let head_bytes = 1 + fields.len() as u8;
+        let begin = [2, 0, 0, 0, 1, 0, 0, 0, head_bytes, 0, 0, 0, 0, 0, 0, 0, variant];
+        [&begin[..], fields].concat().into()
+    }
+
+    #[test]
+    fn entries_of_version_2_are_read() {
+        let old = [
+            (version_2(12, &ID.0), Command::DropOwner { owner: ID, until: u64::MAX }),
+            (version_2(13, &ID.0), Command::Forget { recording: ID }),
+            (version_2(16, &ID.0), Command::Unplace { recording: ID, until: u64::MAX }),
+        ];
+        for (bytes, command) in old {
+            let decoded = decode(&bytes).unwrap();
+            assert_eq!(decoded.into_iter().map(|(one, _)| one.command).collect::<Vec<_>>(), [command]);
+        }
+    }
+
+    #[test]
+    fn an_entry_comes_out_as_it_went_in() {
+        let commands = [Command::DropOwner { owner: ID, until: 300 }, Command::Delete { recording: ID }];
+        let proposals = commands.map(|command| Proposal { command, bulk: Bytes::from_static(b"bulk") });
+        let decoded = decode(&encode(&proposals)).unwrap();
+        assert!(decoded.iter().map(|(proposal, _)| proposal).eq(&proposals));
+    }
 }

@@ -541,10 +541,10 @@ impl Group {
             (None, Planted::AckBeforeFsync) => Location::NONE,
             (None, _) => return Err(raft::Error::Store(raft::StorageError::Unavailable).into()),
         };
-        let group = self.id;
+        let (group, index) = (self.id, entry.index);
         let apply = |(proposal, bulk_from): (Proposal, usize)| {
             let bulk = proposal.bulk.clone();
-            Applying { group, bulk, entry_at, bulk_from, rows, planted: self.planted }.apply(proposal)
+            Applying { group, index, bulk, entry_at, bulk_from, rows, planted: self.planted }.apply(proposal)
         };
         commands.into_iter().map(apply).collect()
     }

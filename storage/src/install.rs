@@ -6,7 +6,7 @@
 
 use crate::core::Envelope;
 use crate::error::Error;
-use crate::journal::{Frame, FrameKind, Location, Segments};
+use crate::journal::{Frame, FrameKind, Location};
 use crate::rows::Row;
 use crate::schema::{GroupRow, locations, relocated};
 use bytes::Bytes;
@@ -81,8 +81,8 @@ pub struct ServePage {
 }
 
 impl ServePage {
-    /// Reads the page.
-    pub fn read(&self, segments: &Segments) -> Result<Page, Error> {
+    /// Reads the page. `part` reads bytes that the row of a key names.
+    pub fn read(&self, mut part: impl FnMut(&[u8], Location) -> Result<Bytes, Error>) -> Result<Page, Error> {
         let mut page = Page {
             group: self.group,
             index: self.view.index,
@@ -93,7 +93,7 @@ impl ServePage {
         let mut bytes = 0;
         for (key, value) in self.view.rows.iter().skip(self.from as usize) {
             let parts: Result<Vec<Bytes>, Error> =
-                locations(key, value)?.into_iter().map(|at| segments.read(at)).collect();
+                locations(key, value)?.into_iter().map(|at| part(key, at)).collect();
             let parts = parts?;
             bytes += key.len() + value.len() + parts.iter().map(Bytes::len).sum::<usize>();
             page.rows.push(PageRow { key: key.clone(), value: value.clone(), parts });

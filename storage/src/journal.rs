@@ -110,6 +110,8 @@ pub struct Segments {
     files: Arc<RwLock<BTreeMap<u64, Arc<dyn DiskFile>>>>,
     /// Names of files whose content nobody needs.
     pool: Arc<Mutex<Vec<String>>>,
+    /// Lengths of all files, those of the pool included.
+    bytes: Arc<AtomicU64>,
     /// The segment that is written.
     current: Arc<AtomicU64>,
     scan_from: Arc<AtomicU64>,
@@ -155,12 +157,10 @@ impl Segments {
 
     /// Bytes of all files, recycled ones included.
     pub fn total_bytes(&self) -> u64 {
-        let files = self.files.read().unwrap_or_else(PoisonError::into_inner).len();
-        let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner).len();
-        (files + pool) as u64 * self.segment_bytes
+        self.bytes.load(Ordering::Acquire)
     }
 
-    /// Length of each.
+    /// Length of each, but for a store's first ones.
     pub fn segment_bytes(&self) -> u64 {
         self.segment_bytes
     }
@@ -180,15 +180,14 @@ impl Segments {
     pub fn recycle(&self, numbers: &[u64]) -> Result<(), Error> {
         for number in numbers {
             let removed = self.files.write().unwrap_or_else(PoisonError::into_inner).remove(number);
-            if removed.is_none() {
-                continue;
-            }
-            let is_whole = removed.is_some_and(|file| file.len().is_ok_and(|len| len == self.segment_bytes));
+            let Some(file) = removed else { continue };
+            let bytes = file.len().unwrap_or(0);
             let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-            if pool.len() < POOL_MAX && is_whole {
+            if pool.len() < POOL_MAX && bytes == self.segment_bytes {
                 pool.push(segment_name(*number));
             } else {
                 self.disk.remove(&segment_name(*number))?;
+                self.bytes.fetch_sub(bytes, Ordering::AcqRel);
             }
         }
         Ok(())
@@ -202,6 +201,7 @@ impl Segments {
         let same = pool.iter().position(|old| *old == name).map(|at| pool.swap_remove(at));
         let recycled = same.or_else(|| pool.pop());
         drop(pool);
+        let mut made_bytes = 0;
         match recycled {
             Some(old) if old == name => {}
             Some(old) => self.disk.rename(&old, &name)?,
@@ -217,12 +217,14 @@ impl Segments {
                     error if error.is_no_space() => Error::Full { path: self.disk.path(&name), needed },
                     error => error,
                 })?;
+                made_bytes = bytes;
             }
         }
         let file = self.disk.open(&name)?;
         let path = self.disk.path(&name);
         file.write(&[IoSlice::new(&segment_header(number))], 0).at("write to", &path)?;
         file.sync().at("sync", &path)?;
+        self.bytes.fetch_add(made_bytes, Ordering::AcqRel);
         Ok(file)
     }
 }
@@ -334,6 +336,11 @@ impl Journal {
     /// Bytes that the current segment still takes.
     pub fn room(&self) -> u64 {
         if self.is_closed { 0 } else { self.capacity - self.end }
+    }
+
+    /// Whether the current segment takes frames of so many bytes.
+    pub fn fits(&self, bytes: usize) -> bool {
+        (BATCH_BYTES + bytes) as u64 <= self.room()
     }
 
     fn begin_next(&mut self) {

@@ -33,6 +33,17 @@ pub struct RaftLog {
     failed: RefCell<Option<Error>>,
 }
 
+/// Where an entry that was found belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fit {
+    /// In the log.
+    Taken,
+    /// Before its beginning.
+    Old,
+    /// Not next to its end.
+    Gap,
+}
+
 #[derive(Clone, Debug)]
 struct Slot {
     term: u64,
@@ -63,22 +74,28 @@ impl RaftLog {
     }
 
     /// Takes an entry that was found in the journal; it replaces what was there, and all behind.
-    pub fn found(&mut self, index: u64, term: u64, kind: FrameKind, at: Location) {
+    pub fn found(&mut self, index: u64, term: u64, kind: FrameKind, at: Location) -> Fit {
         if self.is_floating && (self.slots.is_empty() || index <= self.before.0) {
             // The scan began in the middle of this log.
             self.slots.clear();
             self.before = (index - 1, 0);
         }
         if index <= self.before.0 {
-            return;
+            return Fit::Old;
         }
         let keep = (index - self.before.0 - 1) as usize;
-        // A gap can only be behind a snapshot that is not here: nothing of it counts.
-        if keep <= self.slots.len() {
-            self.slots.truncate(keep);
-            self.slots.push_back(Slot { term, kind, at: Some(at), data: None });
-            self.cached_from = self.last() + 1;
+        if keep > self.slots.len() {
+            return Fit::Gap;
         }
+        self.slots.truncate(keep);
+        self.slots.push_back(Slot { term, kind, at: Some(at), data: None });
+        self.cached_from = self.last() + 1;
+        Fit::Taken
+    }
+
+    /// Whether the entry of this index and term is in the log, or just before it.
+    pub fn leads_to(&self, index: u64, term: u64) -> bool {
+        self.term_at(index) == Some(term) || (self.is_floating && index == self.before.0)
     }
 
     /// The log begins behind (index, term): what matches it stays, the rest goes.

@@ -2,7 +2,8 @@
 //!
 //! Deletion is committed first, as the recording's state; only then is an owner dropped from
 //! the blocks of a shard, and only when it is dropped from all is the recording forgotten.
-//! Each step can be made again, so whoever leads goes on where another has stopped.
+//! Each step can be made again, so whoever leads goes on where another has stopped; one that
+//! comes late is refused if the id is in use again (see `peers`).
 
 use crate::group::NotDone;
 use crate::schema::{Key, RecordingRow, RecordingState};

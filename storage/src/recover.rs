@@ -9,11 +9,12 @@ use crate::catalog::{Catalog, Changes};
 use crate::core::{Core, CoreConfig};
 use crate::disk::Disk;
 use crate::error::Error;
+use crate::found_log::FoundLog;
 use crate::group::Group;
 use crate::install::{CheckpointEnd, checkpoint_frames, decode_rows};
 use crate::journal::{Frame, FrameKind, Journal, JournalConfig, Location, Scanned, Segments};
 use crate::keeper;
-use crate::raft_log::{RaftLog, hard_state_of};
+use crate::raft_log::hard_state_of;
 use crate::rows::Rows;
 use crate::schema::{GroupRow, Key, VERSION, encode};
 use protobuf::Message as _;
@@ -33,7 +34,7 @@ struct Found {
     rows: Vec<(Location, bool)>,
     /// The newest state: its end, and its rows.
     base: Option<(CheckpointEnd, Vec<Location>)>,
-    log: RaftLog,
+    log: FoundLog,
     /// Entries whose data is damaged.
     damaged: Vec<(u64, Location)>,
 }
@@ -60,12 +61,8 @@ pub fn open(
     })?;
     let segments = journal.segments();
     let cache = config.cache_bytes / groups as usize;
-    let new = |_| Found {
-        rows: vec![],
-        base: None,
-        log: RaftLog::new(segments.clone(), (0, 0), cache),
-        damaged: vec![],
-    };
+    let new =
+        |_| Found { rows: vec![], base: None, log: FoundLog::new(segments.clone(), cache), damaged: vec![] };
     let mut found: Vec<Found> = (0..groups).map(new).collect();
     let mut numbers = BTreeMap::new();
     for scanned in scanned {
@@ -87,7 +84,10 @@ pub fn open(
     }
     for (id, group) in found.iter().enumerate() {
         let applied = catalog.group(id as u32)?.applied;
-        if let Some((index, at)) = group.damaged.iter().find(|(index, _)| *index > applied) {
+        // One that was written anew since, or cut off, is not needed.
+        let is_needed =
+            |(index, at): &&(u64, Location)| *index > applied && group.log.kept.location(*index) == Some(*at);
+        if let Some((index, at)) = group.damaged.iter().find(is_needed) {
             return Err(Error::Corrupt {
                 path: format!("segment {:016x}", at.segment).into(),
                 offset: u64::from(at.offset),
@@ -101,7 +101,7 @@ pub fn open(
         .enumerate()
         .map(|(id, found)| {
             let row = catalog.group(id as u32)?;
-            Group::new(id as u32, &config, found.log, &row)
+            Group::new(id as u32, &config, found.log.kept, &row)
         })
         .collect();
     let core = Core::new(config, groups?, catalog, segments, number, since_checkpoint);
@@ -137,7 +137,7 @@ fn take(
             if !is_whole {
                 return Err(damaged("a hard state"));
             }
-            group.log.set_hard_state(hard_state_of(&frame));
+            group.log.kept.set_hard_state(hard_state_of(&frame));
         }
         FrameKind::Rows => group.rows.push((at, is_whole)),
         FrameKind::Checkpoint => {
@@ -206,7 +206,7 @@ fn fits(catalog: &Catalog, found: &[Found], number: u64) -> Result<bool, Error> 
     for (id, group) in found.iter().enumerate() {
         let Ok(row) = catalog.group(id as u32) else { return Ok(false) };
         let base = group.base.as_ref().map_or(0, |(end, _)| end.group.applied);
-        if row.applied > group.log.last() || row.applied < base {
+        if row.applied > group.log.kept.last() || row.applied < base {
             return Ok(false);
         }
     }
@@ -238,4 +238,64 @@ fn rebuild(catalog: &Catalog, found: &[Found], segments: &Segments, number: u64)
         rows.apply(&row)?;
     }
     keeper::name_checkpoint(&**rows, number)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::disk::Directory;
+    use crate::raft_log::hard_state_frame;
+    use crate::rows::MemRows;
+    use bytes::Bytes;
+    use raft::eraftpb::HardState;
+    use std::fs::OpenOptions;
+    use std::os::unix::fs::FileExt;
+    use std::path::Path;
+
+    const CONFIG: JournalConfig =
+        JournalConfig { segment_bytes: 256 << 10, reserve_bytes: 0, in_background: false };
+
+    fn open(dir: &Path) -> Result<(Core, Journal), Error> {
+        let disk = Arc::new(Directory::open(dir)?);
+        super::open(disk, CONFIG, Arc::new(MemRows::default()), CoreConfig::new(1, 1), 1, &[1, 2, 3])
+    }
+
+    fn entry(term: u64, index: u64) -> Frame {
+        let data = Bytes::from(vec![term as u8; 300]);
+        Frame { kind: FrameKind::Entry, group: 0, term, index, data }
+    }
+
+    /// Changes a byte of what lies there.
+    fn flip(dir: &Path, at: Location) {
+        let path = dir.join(format!("{:016x}.seg", at.segment));
+        let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+        let (mut byte, at) = ([0], u64::from(at.offset));
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+    }
+
+    #[test]
+    fn a_damaged_entry_stops_the_open_only_if_the_log_has_it() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(open(dir.path()).unwrap());
+        let mut journal =
+            Journal::open(Arc::new(Directory::open(dir.path()).unwrap()), CONFIG, |_| {}).unwrap();
+        let hard_state = HardState { term: 2, commit: 1, ..HardState::default() };
+        let frames = [entry(1, 2), entry(1, 3), entry(2, 2), hard_state_frame(0, &hard_state)];
+        let places: Vec<Location> =
+            frames.iter().flat_map(|frame| journal.append(std::slice::from_ref(frame)).unwrap()).collect();
+        drop(journal);
+        // The new leader's entry took the first one's place, and cut off the second.
+        flip(dir.path(), places[0]);
+        flip(dir.path(), places[1]);
+        let (core, journal) = open(dir.path()).unwrap();
+        assert_eq!(core.groups()[0].node.store().location(2), Some(places[2]));
+        assert_eq!(core.groups()[0].node.store().last(), 2);
+        drop((core, journal));
+        flip(dir.path(), places[2]);
+        let error = open(dir.path()).err().unwrap();
+        assert!(error.to_string().contains("entry 2 of group 0 is damaged"), "{error}");
+    }
 }

@@ -19,6 +19,17 @@ impl Entry<'_, '_> {
         Ok(true)
     }
 
+    /// Notes that a recording's blocks, or its place, are counted on being here from now on.
+    pub(crate) fn count_on(&mut self, id: RecordingId) {
+        self.rows.put(&Key::last(self.group, id), &self.index);
+    }
+
+    /// Whether an entry behind `until` counts on it.
+    pub(crate) fn is_counted_on(&self, id: RecordingId, until: u64) -> Result<bool, Error> {
+        let last = self.rows.get::<u64>(&Key::last(self.group, id))?;
+        Ok(last.is_some_and(|last| last > until))
+    }
+
     /// Notes in the owner's pages what it refers to, so that all can be dropped together.
     fn note(&mut self, owner: RecordingId, hashes: &[Hash]) -> Result<(), Error> {
         let from = Key::owned(self.group, owner, 0);
@@ -52,6 +63,9 @@ impl Entry<'_, '_> {
             wanted.push(row.is_none());
         }
         self.note(owner, &owned)?;
+        if wanted.contains(&false) {
+            self.count_on(owner);
+        }
         Ok(Outcome::Wanted(wanted))
     }
 
@@ -63,6 +77,9 @@ impl Entry<'_, '_> {
         let total: usize = blocks.iter().map(|(_, bytes, _)| *bytes as usize).sum();
         if total != self.bulk.len() {
             return refused(Refusal::Invalid("the blocks' lengths are not the bulk's".into()));
+        }
+        if !blocks.is_empty() {
+            self.count_on(owner);
         }
         let mut from = 0;
         let mut owned = vec![];
@@ -89,13 +106,17 @@ impl Entry<'_, '_> {
         Ok(Outcome::Done)
     }
 
-    pub(crate) fn drop_owner(&mut self, owner: RecordingId) -> Result<Outcome, Error> {
+    pub(crate) fn drop_owner(&mut self, owner: RecordingId, until: u64) -> Result<Outcome, Error> {
+        if self.is_counted_on(owner, until)? {
+            return refused(Refusal::BeingDeleted);
+        }
         for (page, hashes) in self.rows.scan(Key::span_of(self.group, b'q', &owner.0))? {
             for hash in hashes.chunks_exact(32) {
                 self.disown(Hash(hash.try_into().expect("chunks of 32")), owner)?;
             }
             self.rows.remove(page);
         }
+        self.rows.remove(Key::last(self.group, owner).0);
         Ok(Outcome::Done)
     }
 
@@ -122,5 +143,66 @@ impl Entry<'_, '_> {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::catalog::Catalog;
+    use crate::command::{Command, Proposal};
+    use crate::journal::Location;
+    use crate::rows::MemRows;
+    use bytes::Bytes;
+    use std::sync::Arc;
+
+    const ID: RecordingId = RecordingId([7; 16]);
+
+    fn apply(catalog: &Catalog, group: u32, index: u64, command: Command, bulk: &'static [u8]) -> Outcome {
+        let (bulk, planted) = (Bytes::from_static(bulk), Planted::None);
+        let entry_at = Location { segment: 1, offset: 4096, bytes: 100, crc: 0 };
+        let rows = &mut catalog.begin();
+        let entry = Entry { group, index, bulk: bulk.clone(), entry_at, bulk_from: 20, rows, planted };
+        entry.apply(Proposal { command, bulk }).unwrap()
+    }
+
+    fn late() -> Outcome {
+        Outcome::Refused(Refusal::BeingDeleted)
+    }
+
+    /// Two replicas finish one deletion; the second is late, and the id is in use again.
+    #[test]
+    fn a_late_end_of_a_deletion_does_not_take_the_blocks_of_the_next_recording() {
+        let catalog = Catalog::new(Arc::new(MemRows::default()));
+        let hash = Hash::of(b"block");
+        let put = || Command::PutBlocks { owner: ID, blocks: vec![(hash, 5, 5)] };
+        let drop_owner = |until| Command::DropOwner { owner: ID, until };
+        assert_eq!(apply(&catalog, 1, 10, put(), b"block"), Outcome::Done);
+        assert_eq!(apply(&catalog, 1, 11, drop_owner(9), b""), late(), "it has not seen these blocks");
+        assert_eq!(apply(&catalog, 1, 12, drop_owner(10), b""), Outcome::Done);
+        assert!(!catalog.owns(1, hash, ID).unwrap());
+        assert_eq!(catalog.raw(&Key::last(1, ID).0).unwrap(), None, "nothing is left of it");
+        assert_eq!(apply(&catalog, 1, 13, put(), b"block"), Outcome::Done);
+        assert_eq!(apply(&catalog, 1, 14, drop_owner(10), b""), late());
+        assert!(catalog.owns(1, hash, ID).unwrap());
+        // A reference to what it refers to already counts, too.
+        let pin = Command::Pin { owner: ID, hashes: vec![hash] };
+        assert_eq!(apply(&catalog, 1, 15, pin, b""), Outcome::Wanted(vec![false]));
+        assert_eq!(apply(&catalog, 1, 16, drop_owner(14), b""), late());
+    }
+
+    #[test]
+    fn a_late_end_of_a_deletion_does_not_take_the_place_of_the_next_recording() {
+        let catalog = Catalog::new(Arc::new(MemRows::default()));
+        let place = || Command::Place { recording: ID, shard: 3 };
+        let unplace = |until| Command::Unplace { recording: ID, until };
+        assert_eq!(apply(&catalog, 0, 10, place(), b""), Outcome::Placed(3));
+        assert_eq!(apply(&catalog, 0, 12, place(), b""), Outcome::Placed(3));
+        assert_eq!(apply(&catalog, 0, 13, unplace(11), b""), late());
+        assert_eq!(catalog.get::<u32>(&Key::placed(ID)).unwrap(), Some(3));
+        assert_eq!(apply(&catalog, 0, 14, unplace(13), b""), Outcome::Done);
+        assert_eq!(catalog.get::<u32>(&Key::placed(ID)).unwrap(), None);
     }
 }

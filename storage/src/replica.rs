@@ -6,15 +6,18 @@ use crate::core::{Core, CoreConfig, Envelope, Input, Output, Status};
 use crate::disk::Directory;
 use crate::error::Error;
 use crate::group::{Answer, NotDone};
-use crate::journal::{Frame, Journal, JournalConfig, Location, Segments};
+use crate::install::ServePage;
+use crate::journal::{Frame, Journal, JournalConfig, Location};
 use crate::keeper::{self, Job, Sink};
+use crate::mend::Reader;
 use crate::recover;
 use crate::rows::SledRows;
 use crate::transport::Outbound;
 use crate::writer::{Waiter, Writer};
+use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
@@ -95,9 +98,7 @@ pub struct Shared {
     /// Rows.
     pub catalog: crate::catalog::Catalog,
     /// Bytes.
-    pub segments: Segments,
-    /// A way to the journal.
-    pub writer: WriterHandle,
+    pub reader: Reader,
 }
 
 /// Opens the replica in `dir`. `voters` are the first members of a new cluster.
@@ -153,11 +154,21 @@ impl Opened {
             });
             thread.map(|thread| threads.push(thread))
         };
+        let (cluster, me) = outbound.identity();
         let writer = WriterHandle(to_write.clone());
+        let reader = Reader {
+            cluster,
+            me,
+            addresses: outbound.addresses(),
+            catalog: catalog.clone(),
+            segments: segments.clone(),
+            writer: writer.clone(),
+            replica: handle.clone(),
+        };
         let write_inputs = handle.clone();
         spawn("writer", Box::new(move || write_loop(journal, &writes, &write_inputs)))?;
         let (sink, kept, keeper_catalog, keeper_segments) =
-            (writer.clone(), handle.clone(), catalog.clone(), segments.clone());
+            (writer, handle.clone(), catalog.clone(), segments);
         spawn(
             "keeper",
             Box::new(move || {
@@ -172,16 +183,15 @@ impl Opened {
                 Ok(())
             }),
         )?;
-        let (core_segments, core_writes) = (segments.clone(), to_write);
+        let pages = Pages { reader: reader.clone(), outbound: outbound.clone(), under_way: Arc::default() };
         spawn(
             "raft",
             Box::new(move || {
-                let loop_ =
-                    CoreLoop { core, outbound, writes: core_writes, jobs: to_keep, segments: core_segments };
+                let loop_ = CoreLoop { core, outbound, writes: to_write, jobs: to_keep, pages };
                 loop_.run(&inputs)
             }),
         )?;
-        Ok((Shared { handle, catalog, segments, writer }, threads))
+        Ok((Shared { handle, catalog, reader }, threads))
     }
 }
 
@@ -190,7 +200,7 @@ struct CoreLoop {
     outbound: Outbound,
     writes: Sender<ToWrite>,
     jobs: Sender<Job>,
-    segments: Segments,
+    pages: Pages,
 }
 
 /// However the core ends, the writer does, too: others hold ways to it.
@@ -239,16 +249,38 @@ impl CoreLoop {
                     self.writes.send(ToWrite::Core(frames, marks)).map_err(|_| Error::Stopped)?;
                 }
                 Output::Keep(job) => self.jobs.send(job).map_err(|_| Error::Stopped)?,
-                Output::Serve(serve) => {
-                    let (segments, outbound) = (self.segments.clone(), self.outbound.clone());
-                    self.outbound.runtime().spawn_blocking(move || match serve.read(&segments) {
-                        Ok(page) => outbound.send(serve.to, Envelope::Page(page)),
-                        Err(error) => tracing::error!(%error, "a page of a snapshot can't be read"),
-                    });
-                }
+                Output::Serve(serve) => self.pages.send(serve),
             }
         }
         Ok(())
+    }
+}
+
+/// Reads pages of snapshots and sends them, off the core's thread.
+#[derive(Clone)]
+struct Pages {
+    reader: Reader,
+    outbound: Outbound,
+    /// Who waits for a page of which group. It is asked for again and again, and takes long
+    /// when bytes have rotted: they come from a peer then, and are stored again.
+    under_way: Arc<Mutex<BTreeSet<(u64, u32)>>>,
+}
+
+impl Pages {
+    fn send(&self, serve: ServePage) {
+        let waits = (serve.to, serve.group);
+        if !self.under_way.lock().unwrap_or_else(PoisonError::into_inner).insert(waits) {
+            return;
+        }
+        let pages = self.clone();
+        self.outbound.runtime().spawn_blocking(move || {
+            let runtime = pages.outbound.runtime();
+            match serve.read(|key, at| runtime.block_on(pages.reader.read(key, at))) {
+                Ok(page) => pages.outbound.send(serve.to, Envelope::Page(page)),
+                Err(error) => tracing::error!(%error, "a page of a snapshot can't be read"),
+            }
+            pages.under_way.lock().unwrap_or_else(PoisonError::into_inner).remove(&waits);
+        });
     }
 }
 

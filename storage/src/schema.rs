@@ -10,6 +10,8 @@
 //!   b hash                                            BlockRow, with its first owner
 //!   o hash owner                                      a further owner of the block
 //!   q owner page                                      hashes of the blocks it owns
+//!   l recording                                       the last entry that made it own a block
+//!                                                     or, in group 0, placed it
 //! of group 0 alone:
 //!   m key                                             Location of a coordinator's value
 //!   e                                                 the coordinator's epoch
@@ -272,6 +274,10 @@ impl Key {
     /// A page of the hashes that an owner refers to.
     pub fn owned(group: u32, owner: RecordingId, page: u32) -> Key {
         Key::of(group, b'q', &[&owner.0, &page.to_be_bytes()])
+    }
+    /// The last entry that counted on a recording's blocks or place being here.
+    pub fn last(group: u32, id: RecordingId) -> Key {
+        Key::of(group, b'l', &[&id.0])
     }
     /// A coordinator's value.
     pub fn meta(key: &str) -> Key {

@@ -4,7 +4,6 @@ use crate::channel::MESSAGE_BYTES_MAX;
 use crate::client::StoreClient;
 use crate::core::{CoreConfig, Input};
 use crate::error::{Error, IoContext};
-use crate::mend::Reader;
 use crate::replica::{self, Handle};
 use crate::service::StoreService;
 use crate::tls::Credentials;
@@ -97,22 +96,13 @@ impl Replica {
             });
         });
         let (shared, threads) = started.at("start the threads for", &config.dir)?;
-        let reader = Reader {
-            cluster: config.cluster,
-            me: config.id,
-            addresses: known_addresses.clone(),
-            catalog: shared.catalog.clone(),
-            segments: shared.segments.clone(),
-            writer: shared.writer,
-            replica: shared.handle.clone(),
-        };
         let service = StoreService {
             me: config.id,
             cluster: config.cluster,
             shards,
             replica: shared.handle,
             catalog: shared.catalog,
-            reader,
+            reader: shared.reader,
             addresses: known_addresses,
             peers: StoreClient::new(addresses),
             budget: StoreService::new_budget(),
@@ -237,6 +227,10 @@ pub enum Listener {
     Unix(UnixListener),
 }
 
+/// HTTP/2's frames are read and written one at a time: with the usual 16 KiB that is a call
+/// of the system for each, and a tenth of the throughput.
+const FRAME_BYTES: u32 = 1 << 20;
+
 /// Serves with health and reflection until `shutdown` ends. `add` adds the services. By TCP
 /// it speaks TLS with those alone who show a certificate, once this process has its own.
 pub async fn serve(
@@ -257,6 +251,7 @@ pub async fn serve(
     }
     let router = builder
         .initial_stream_window_size(8 << 20)
+        .max_frame_size(Some(FRAME_BYTES))
         .initial_connection_window_size(16 << 20)
         .http2_keepalive_interval(Some(std::time::Duration::from_secs(5)))
         .add_service(health_service)

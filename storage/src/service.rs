@@ -7,7 +7,7 @@ use crate::command::{BULK_BYTES_MAX, Command, Proposal};
 use crate::error::Error;
 use crate::group::{Answer, NotDone};
 use crate::mend::Reader;
-use crate::placement::{block_shard, placement};
+use crate::placement::block_shard;
 use crate::replica::Handle;
 use crate::schema::{BlockRow, Key, RecordingRow, RecordingState, Wish};
 use crate::transport::Addresses;
@@ -32,8 +32,9 @@ pub(crate) const READ_PATIENCE: Duration = Duration::from_secs(5);
 pub const LEADER_KEY: &str = "heddle-leader";
 /// Largest command without its bulk.
 const HEAD_BYTES_MAX: usize = 512 << 10;
-/// A deletion waits so long for its blocks to be let go; the rest is done behind it.
-const DELETE_PATIENCE: Duration = Duration::from_secs(5);
+/// A deletion waits so long for its blocks to be let go, less than a client for an answer; the
+/// rest is done behind it.
+const DELETE_PATIENCE: Duration = Duration::from_secs(4);
 
 /// The store as seen by clients of this replica.
 #[derive(Clone)]
@@ -112,22 +113,8 @@ impl StoreService {
         }
     }
 
-    /// The shard of a recording. One that is not placed yet is, if `is_new`.
-    pub(crate) async fn shard_of(&self, id: RecordingId, is_new: bool) -> Result<u32, Status> {
-        let look = || self.catalog.get::<u32>(&Key::placed(id)).map_err(internal);
-        if let Some(shard) = look()? {
-            return Ok(shard);
-        }
-        if is_new {
-            return self.peers.place(id).await.map_err(|error| Status::unavailable(error.to_string()));
-        }
-        // It may be committed and not applied here.
-        self.read_index(0).await?;
-        look()?.ok_or_else(|| Status::not_found(format!("no recording {id}")))
-    }
-
     /// A group's number as a request has it.
-    fn shard(&self, shard: u32) -> Result<u32, Status> {
+    pub(crate) fn shard(&self, shard: u32) -> Result<u32, Status> {
         let is_one = (1..=self.shards).contains(&shard);
         is_one.then_some(shard).ok_or_else(|| {
             Status::invalid_argument(format!("there is no shard {shard}; there are {}", self.shards))
@@ -223,18 +210,21 @@ impl LogStore for StoreService {
 
     async fn open(&self, request: Request<v1::OpenRequest>) -> Result<Response<v1::OpenReply>, Status> {
         let request = request.into_inner();
-        let recording = recording_id(&request.recording)?;
+        let (recording, is_new) = (recording_id(&request.recording)?, !request.fence);
         if request.manifest.len() > MANIFEST_BYTES_MAX || request.token.len() > TOKEN_BYTES_MAX {
             return Err(Status::invalid_argument("manifest or token is too long"));
         }
-        let shard = self.shard_of(recording, !request.fence).await?;
+        let shard = self.shard_of(recording, is_new).await?;
         let command = Command::Open { recording, token: request.token.to_vec(), fence: request.fence };
         match self.propose(shard, command, request.manifest).await? {
-            Outcome::Opened { epoch, events, last_chunk } => Ok(Response::new(v1::OpenReply {
-                epoch,
-                committed_events: events,
-                last_chunk: last_chunk.to_vec().into(),
-            })),
+            Outcome::Opened { epoch, events, last_chunk } => {
+                // The end of a deletion may have been about to take the place away: not from here on.
+                if is_new && events == 0 {
+                    self.have_placed(recording).await?;
+                }
+                let last_chunk = last_chunk.to_vec().into();
+                Ok(Response::new(v1::OpenReply { epoch, committed_events: events, last_chunk }))
+            }
             _ => Err(Status::internal("open has another outcome")),
         }
     }
@@ -548,48 +538,18 @@ impl LogStore for StoreService {
     }
 
     async fn place(&self, request: Request<v1::PlaceRequest>) -> Result<Response<v1::PlaceReply>, Status> {
-        let recording = recording_id(&request.into_inner().recording)?;
-        let shard = placement(recording, self.shards);
-        match self.propose(0, Command::Place { recording, shard }, Bytes::new()).await? {
-            Outcome::Placed(shard) => Ok(Response::new(v1::PlaceReply { shard })),
-            _ => Err(Status::internal("place has another outcome")),
-        }
+        self.place_here(request.into_inner()).await.map(Response::new)
     }
 
     async fn drop_owner(
         &self,
         request: Request<v1::DropOwnerRequest>,
     ) -> Result<Response<v1::DropOwnerReply>, Status> {
-        let r = request.into_inner();
-        let (shard, owner) = (self.shard(r.shard)?, recording_id(&r.owner)?);
-        // Judged by what is committed: who is not deleted keeps what it refers to.
-        let home = self.shard_of(owner, false).await?;
-        self.read_index(home).await?;
-        let row = self.catalog.get::<RecordingRow>(&Key::recording(home, owner)).map_err(internal)?;
-        if row.is_none_or(|row| row.state != RecordingState::Deleted) {
-            return Err(Status::failed_precondition("the recording is not deleted"));
-        }
-        self.propose(shard, Command::DropOwner { owner }, Bytes::new()).await?;
-        Ok(Response::new(v1::DropOwnerReply {}))
+        self.drop_owner_here(request.into_inner()).await.map(Response::new)
     }
 
     async fn forget(&self, request: Request<v1::ForgetRequest>) -> Result<Response<v1::ForgetReply>, Status> {
-        let r = request.into_inner();
-        let recording = recording_id(&r.recording)?;
-        match r.step.as_str() {
-            "recording" => {
-                let shard = self.shard_of(recording, false).await?;
-                self.propose(shard, Command::Forget { recording }, Bytes::new()).await?;
-            }
-            "abandon" => {
-                let shard = self.shard_of(recording, true).await?;
-                self.propose(shard, Command::Abandon { recording }, Bytes::new()).await?;
-            }
-            _ => {
-                self.propose(0, Command::Unplace { recording }, Bytes::new()).await?;
-            }
-        }
-        Ok(Response::new(v1::ForgetReply {}))
+        self.forget_here(request.into_inner()).await.map(Response::new)
     }
 }
 

@@ -120,6 +120,11 @@ impl Outbound {
         sender
     }
 
+    /// The cluster's id and this replica's.
+    pub fn identity(&self) -> (u64, u64) {
+        (self.0.cluster, self.0.me)
+    }
+
     /// Addresses that this replica was started with.
     pub fn configured(&self) -> BTreeMap<u64, String> {
         self.0.configured.clone()

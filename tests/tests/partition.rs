@@ -18,7 +18,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
 use std::slice::from_ref;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 const PORT: u16 = 7000;
@@ -39,6 +39,14 @@ fn under_partitions_every_history_is_right_and_nothing_acknowledged_is_lost() {
 fn a_leader_without_its_followers_neither_acknowledges_nor_answers() {
     let Some(mut cluster) = Cluster::start() else { return };
     cluster.network.block_on(async || without_followers(&cluster).await);
+    cluster.check_all_run();
+}
+
+/// It leads shard 0, which says where recordings are to be, and one more.
+#[test]
+fn a_leader_that_fell_silent_holds_up_nobody_for_long() {
+    let Some(mut cluster) = Cluster::start() else { return };
+    cluster.network.block_on(async || around_the_silent(&cluster).await);
     cluster.check_all_run();
 }
 
@@ -260,6 +268,43 @@ async fn without_followers(cluster: &Cluster) {
     let found = until("it to hear of the others", async || alone.read(id, 0, 0).await.ok()).await;
     assert!(found == whole, "{} chunks", found.len());
     check_everywhere(&addresses, &BTreeMap::from([(id, whole)])).await;
+}
+
+async fn around_the_silent(cluster: &Cluster) {
+    let addresses = cluster.addresses();
+    let store = StoreClient::new(addresses.clone());
+    let others = StoreClient::new(addresses[1..].to_vec());
+    // Where the leaders of shards 0 and 3 stay: see `without_followers`.
+    let silent = 1;
+    until("the leaders to be where they stay", async || {
+        let leaders = leaders(&store).await;
+        (leaders[&0] == silent && leaders[&3] == silent).then_some(())
+    })
+    .await;
+    let impatient = store.with_patience(Duration::from_secs(1));
+    let known = new_id_on(3);
+    until("a recording", async || impatient.open(known, b"known", MANIFEST, false).await.ok()).await;
+    // Now the other two know as well whom to ask for a place.
+    for shard in [1, 2] {
+        others.open(new_id_on(shard), b"before", MANIFEST, false).await.unwrap();
+    }
+    cluster.network.cut(silent);
+    let reached = until("new leaders", async || {
+        let leaders = leaders(&others).await;
+        leaders.values().all(|leader| *leader != silent).then_some(leaders)
+    })
+    .await;
+    eprintln!("they lead now: {reached:?}");
+
+    // Less than one attempt of a client that has time.
+    let limit = Duration::from_secs(4);
+    let began = Instant::now();
+    others.open(new_id_on(1), b"new", MANIFEST, false).await.unwrap();
+    assert!(began.elapsed() < limit, "a new recording waited {:?}", began.elapsed());
+    let began = Instant::now();
+    until("the impatient to find another", async || impatient.get(known).await.ok()).await;
+    assert!(began.elapsed() < limit, "they waited {:?}", began.elapsed());
+    cluster.network.heal();
 }
 
 /// A chunk of a few events behind another one.

@@ -348,7 +348,12 @@ async fn a_lost_catalog_is_rebuilt_from_the_journal() {
     p.cluster.kill("replica-3").await.unwrap();
     copy_dir(&catalog(&p, 3), old.path());
     p.cluster.start_part("replica-3").unwrap();
-    append(&store, opened.epoch, &all[10..]).await.unwrap();
+    // It may have led the shard.
+    until("the rest to be taken", async || {
+        store.get(id).await.ok()?;
+        append(&store, opened.epoch, &all[10..]).await.ok()
+    })
+    .await;
     store.seal(id, opened.epoch, 5000, all.last().unwrap().id(), false).await.unwrap();
     for replica in 1..=3 {
         p.cluster.kill(&format!("replica-{replica}")).await.unwrap();

@@ -94,7 +94,7 @@ impl StoreClient {
         let tried = self.tried(route);
         let lost = |status| self.transient(route, tried, status);
         let mut client = self.number(tried)?;
-        let stream = client.get_blocks(request).await.map_err(lost)?;
+        let stream = self.in_time(client.get_blocks(request)).await.map_err(lost)?;
         let mut stream = stream.into_inner();
         let mut blocks = Vec::with_capacity(hashes.len());
         for hash in hashes {

@@ -6,7 +6,7 @@ use crate::disk::{Disk, DiskFile};
 use crate::error::{Error, IoContext};
 use bytes::Bytes;
 use std::collections::BTreeMap;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
 /// A frame that was found.
@@ -50,6 +50,7 @@ pub(super) fn open(
         disk: disk.clone(),
         files: Arc::new(RwLock::new(BTreeMap::new())),
         pool: Arc::new(Mutex::new(vec![])),
+        bytes: Arc::new(AtomicU64::new(0)),
         current: Arc::new(AtomicU64::new(0)),
         scan_from: Arc::new(AtomicU64::new(1)),
         segment_bytes: config.segment_bytes,
@@ -66,6 +67,7 @@ pub(super) fn open(
         let heads: Vec<(usize, BatchHead)> = heads(&content, BLOCK).collect();
         if heads.is_empty() {
             segments.pool.lock().expect("not shared yet").push(segment_name(number));
+            segments.bytes.fetch_add(content.bytes.len() as u64, Ordering::AcqRel);
         } else if heads.iter().any(|(at, head)| *at > BLOCK && head.synced_lsn + 1 >= head.first_lsn) {
             return Err(corrupt(&*disk, number, BLOCK, "the segment's first frame is damaged".into()));
         } else {
@@ -83,6 +85,8 @@ pub(super) fn open(
     for number in rest {
         if number < begin {
             let file = disk.open(&segment_name(number))?;
+            let bytes = file.len().at("look at", &disk.path(&segment_name(number)))?;
+            segments.bytes.fetch_add(bytes, Ordering::AcqRel);
             segments.files.write().expect("not shared yet").insert(number, file);
         } else {
             contents.push(read(&*disk, number)?);
@@ -122,6 +126,7 @@ pub(super) fn open(
         };
         end = scan(&*disk, content, limit, end.next_lsn, &mut take)?;
         segments.files.write().expect("not shared yet").insert(content.number, content.file.clone());
+        segments.bytes.fetch_add(content.bytes.len() as u64, Ordering::AcqRel);
     }
     let newest = contents.pop().expect("pushed above");
     // A kill can have come between the last write and its sync: what was read from
@@ -131,7 +136,7 @@ pub(super) fn open(
         let frame = Frame::of_hard_state(*group, *hard_state);
         visit(Scanned { frame, at: Location::NONE, is_whole: true });
     }
-    segments.current.store(newest.number, std::sync::atomic::Ordering::Release);
+    segments.current.store(newest.number, Ordering::Release);
     Ok(Journal {
         segments,
         config,
@@ -154,7 +159,7 @@ pub(super) fn open(
 fn first(config: JournalConfig, segments: Segments) -> Result<Journal, Error> {
     let file = segments.prepare(1, config.reserve_bytes)?;
     segments.files.write().expect("not shared yet").insert(1, file.clone());
-    segments.current.store(1, std::sync::atomic::Ordering::Release);
+    segments.current.store(1, Ordering::Release);
     let capacity = file.len().at("look at", &segments.disk.path(&segment_name(1)))?;
     let mut journal = Journal {
         segments,

@@ -85,6 +85,29 @@ fn recycled_segments_show_nothing_of_their_former_life() {
 }
 
 #[test]
+fn the_bytes_of_all_files_are_counted_as_they_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = JournalConfig { reserve_bytes: 0, in_background: false, ..JournalConfig::default() };
+    let open = || Journal::open(Arc::new(Directory::open(dir.path()).unwrap()), config, |_| {}).unwrap();
+    let on_disk = || -> u64 {
+        std::fs::read_dir(dir.path()).unwrap().map(|file| file.unwrap().metadata().unwrap().len()).sum()
+    };
+    let mut journal = open();
+    assert_eq!(journal.segments().total_bytes(), FIRST_SEGMENT_BYTES);
+    for i in 1..4 {
+        journal.append(&[entry(i, vec![i as u8; 6 << 20])]).unwrap();
+    }
+    assert_eq!(journal.segments().total_bytes(), on_disk());
+    assert_eq!(on_disk(), 3 * FIRST_SEGMENT_BYTES, "the second is twice as long as the first");
+    drop(journal);
+    let journal = open();
+    assert_eq!(journal.segments().total_bytes(), on_disk());
+    journal.segments().recycle(&[1]).unwrap();
+    assert_eq!(journal.segments().total_bytes(), 2 * FIRST_SEGMENT_BYTES);
+    assert_eq!(on_disk(), 2 * FIRST_SEGMENT_BYTES);
+}
+
+#[test]
 fn a_damaged_batch_that_was_synced_is_corruption() {
     let dir = tempfile::tempdir().unwrap();
     let (_, mut journal) = reopen(dir.path()).unwrap();

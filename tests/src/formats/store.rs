@@ -130,7 +130,7 @@ pub(super) fn check_commands(bytes: &[u8]) -> bool {
     let entry_at = Location { segment: 1, offset: 4096, bytes: bytes.len() as u32, crc: 0 };
     for (proposal, bulk_from) in decoded {
         let (bulk, planted) = (proposal.bulk.clone(), Planted::None);
-        let entry = Entry { group: 0, bulk, entry_at, bulk_from, rows: &mut rows, planted };
+        let entry = Entry { group: 0, index: 7, bulk, entry_at, bulk_from, rows: &mut rows, planted };
         entry.apply(proposal).expect("what is committed can't fail here alone");
     }
     true
@@ -163,10 +163,10 @@ pub(super) fn commands_seeds() -> Vec<Vec<u8>> {
         one(Command::Rewrite { recording, epoch }, &chunk.bytes),
         one(Command::Adopt { recording, epoch, old: last_chunk, new: last_chunk }, b""),
         one(Command::Delete { recording }, b""),
-        one(Command::DropOwner { owner }, b""),
+        one(Command::DropOwner { owner, until: 7 }, b""),
         one(Command::Forget { recording }, b""),
         one(Command::Abandon { recording }, b""),
-        one(Command::Unplace { recording }, b""),
+        one(Command::Unplace { recording, until: 7 }, b""),
     ];
     let meta = [
         one(Command::MetaAcquire { holder: "coordinator".into() }, b""),
@@ -182,7 +182,7 @@ pub(super) fn commands_seeds() -> Vec<Vec<u8>> {
 }
 
 /// The kinds of rows; an input's first byte chooses one.
-const KINDS: &[u8] = b"arcwsbomepnqvk";
+const KINDS: &[u8] = b"arcwsbomepnqvkl";
 
 /// Whether the value decodes as the type, and comes out the same when encoded.
 macro_rules! is_row {
@@ -215,7 +215,7 @@ pub(super) fn check_row(bytes: &[u8]) -> bool {
         b'b' => is_row!(BlockRow, &key, value),
         b'n' => is_row!(MemberRow, &key, value),
         b'm' => is_row!(Location, &key, value),
-        b'e' | b'k' => is_row!(u64, &key, value),
+        b'e' | b'k' | b'l' => is_row!(u64, &key, value),
         b'p' | b'v' => is_row!(u32, &key, value),
         b'c' | b'w' => {
             let mut page = vec![];
@@ -264,6 +264,7 @@ pub(super) fn row_seeds() -> Vec<Vec<u8>> {
         (b'p', schema::encode(&3u32)),
         (b'n', schema::encode(&MemberRow { address: "http://a:1".into(), wish: Wish::Member })),
         (b'q', hash.0.to_vec()),
+        (b'l', schema::encode(&900u64)),
     ];
     let index = |kind: u8| KINDS.iter().position(|known| *known == kind).expect("a known kind") as u8;
     values.into_iter().map(|(kind, value)| [vec![index(kind)], value].concat()).collect()

@@ -196,7 +196,11 @@ impl SimClient {
                 (home, Command::Delete { recording }, Bytes::new(), Asked::Delete)
             }
             Step::DropOwner(shard) => {
-                (shard, Command::DropOwner { owner: recording }, Bytes::new(), Asked::Get)
+                // As the service does it: what is applied somewhere covers what was acknowledged.
+                let running = world.replicas.iter().filter_map(|replica| replica.running.as_ref());
+                let applied = running.map(|running| running.core.groups()[shard as usize].applied.0);
+                let command = Command::DropOwner { owner: recording, until: applied.max().unwrap_or(0) };
+                (shard, command, Bytes::new(), Asked::Get)
             }
             Step::Forget => (home, Command::Forget { recording }, Bytes::new(), Asked::Get),
         };

@@ -199,10 +199,16 @@ impl World {
                 Output::Send(to, envelope) => self.send(index, to, envelope, rng),
                 Output::Serve(serve) => {
                     let Some(running) = &self.replicas[index].running else { continue };
-                    match serve.read(&running.writer.journal.segments()) {
+                    let segments = running.writer.journal.segments();
+                    let is_struck = self.is_struck(index);
+                    // The others have nothing to mend.
+                    let part = |key: &[u8], at| {
+                        if is_struck { self.read(index, key, at) } else { segments.read(at) }
+                    };
+                    match serve.read(part) {
                         Ok(page) => self.send(index, serve.to, Envelope::Page(page), rng),
-                        // It is asked for again; until then the bytes may have been mended.
-                        Err(Error::Corrupt { .. }) if self.is_struck(index) => {
+                        // No peer that has the bytes was reached; it is asked for again.
+                        Err(Error::Corrupt { .. } | Error::Stopped) if is_struck => {
                             self.see("pages that rot has kept back");
                         }
                         Err(error) => self.violation(format!("a page can't be read: {error}")),
