@@ -14,6 +14,7 @@ use bytes::{Bytes, BytesMut};
 use heddle_proto::chunk::HEADER_BYTES;
 use heddle_proto::event::KINDS;
 use heddle_proto::{ChunkHeader, Hash, RecordingId, v1};
+use heddle_storage::channel::is_transient;
 use heddle_storage::{StoreClient, StoreError};
 use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
@@ -122,10 +123,12 @@ async fn append(
 ) -> Result<(Vec<f64>, RecordingId, Hash, u64)> {
     let id = RecordingId(rand::random());
     let epoch = store.open(id, b"bench", b"{}", false).await?.epoch;
-    // The first chunk finds the leader; a stream that begins elsewhere is begun again.
+    // The first chunk finds the leader. A stream that begins elsewhere, or whose leader
+    // changes, is begun again with what was not acknowledged.
     let mut chain = Chain::new(id, load)?;
-    let (mut pending, mut latencies): (VecDeque<Instant>, _) = (VecDeque::new(), vec![]);
-    let (mut acknowledged, mut first) = (0u64, None);
+    let first = chain.next();
+    let mut pending = VecDeque::from([(Instant::now(), first)]);
+    let (mut latencies, mut acknowledged) = (vec![], 0u64);
     for attempt in 0.. {
         let (sender, requests) = mpsc::channel(load.window.max(1));
         let request = |chunk: Bytes| v1::AppendRequest {
@@ -135,55 +138,52 @@ async fn append(
             rewrites: false,
             more: vec![],
         };
-        let chunk = first.take().unwrap_or_else(|| chain.next());
-        pending = VecDeque::from([Instant::now()]);
-        sender.send(request(chunk.clone())).await?;
+        for (_, chunk) in &pending {
+            sender.send(request(chunk.clone())).await?;
+        }
         let tried = store.tried(id);
-        let begun = async {
+        let whole = async {
             let mut replies = store.leader(id)?.append(ReceiverStream::new(requests)).await?.into_inner();
-            let reply = replies.message().await?;
-            Ok::<_, StoreError>((replies, reply))
-        };
-        let (mut replies, reply) = match begun.await {
-            Ok(begun) => begun,
-            Err(StoreError::Unavailable(_)) if attempt < 50 => {
-                let status = tonic::Status::unavailable("elsewhere");
-                // Names of leaders come with refusals of single calls.
-                store.get(id).await?;
-                store.redirect(id, tried, &status);
-                first = Some(chunk);
-                continue;
-            }
-            Err(error) => return Err(error.into()),
-        };
-        let mut next = reply;
-        while let Some(reply) = next {
-            let now = Instant::now();
-            while acknowledged < reply.committed_events {
-                acknowledged += 1;
-                let sent = pending.pop_front().context("an answer to nothing")?;
-                timing.take(sent, now, &mut latencies);
-            }
-            let is_full = chain.made as u64 * load.payload_bytes as u64 >= bytes_max;
-            if timing.is_over(now) || is_full {
-                if pending.is_empty() {
-                    break;
+            while let Some(reply) = replies.message().await? {
+                let now = Instant::now();
+                while acknowledged < reply.committed_events {
+                    acknowledged += 1;
+                    let (sent, _) = pending.pop_front().context("an answer to nothing")?;
+                    timing.take(sent, now, &mut latencies);
                 }
-            } else {
+                let is_full = chain.made as u64 * load.payload_bytes as u64 >= bytes_max;
+                if timing.is_over(now) || is_full {
+                    if pending.is_empty() {
+                        break;
+                    }
+                    continue;
+                }
                 // What the window lets go at once shares messages.
                 while pending.len() < load.window {
-                    let now = Instant::now();
                     let free = load.window - pending.len();
                     let count = free.min(TOGETHER_BYTES / load.payload_bytes).max(1);
-                    pending.extend(std::iter::repeat_n(now, count));
-                    let mut message = request(chain.next());
-                    message.more = (1..count).map(|_| chain.next()).collect();
+                    let chunks: Vec<Bytes> = (0..count).map(|_| chain.next()).collect();
+                    let mut message = request(chunks[0].clone());
+                    message.more = chunks[1..].to_vec();
+                    let now = Instant::now();
+                    pending.extend(chunks.into_iter().map(|chunk| (now, chunk)));
                     sender.send(message).await?;
                 }
             }
-            next = replies.message().await?;
-        }
-        break;
+            anyhow::Ok(())
+        };
+        let Err(error) = whole.await else { break };
+        let status = match error.downcast_ref::<tonic::Status>() {
+            Some(status) if is_transient(status) => status.clone(),
+            _ => match error.downcast_ref::<StoreError>() {
+                Some(StoreError::Unavailable(what)) => tonic::Status::unavailable(what.to_string()),
+                _ => return Err(error),
+            },
+        };
+        ensure!(attempt < 50, "the leader changes again and again: {status}");
+        // Names of leaders come with refusals of single calls.
+        store.get(id).await?;
+        store.redirect(id, tried, &status);
     }
     ensure!(pending.is_empty(), "the stream ended with chunks in flight");
     Ok((latencies, id, chain.header.previous, epoch))
