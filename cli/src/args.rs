@@ -2,10 +2,11 @@
 
 mod replays;
 
-pub use replays::{Debug, Hunt, Index, Replay};
+pub use replays::{Debug, Hunt, Index, MemoryRange, Replay, State};
 
 use crate::local::DEFAULT_SHARDS;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use heddle_node::network::Netdev;
 use std::path::PathBuf;
 
 /// Record whole-system emulators into a Raft-replicated log, and replay them bit for
@@ -80,8 +81,10 @@ pub enum Command {
     Export(Export),
     /// Verify an exported recording as a whole, then store it.
     Import(Import),
-    /// Stop a QEMU recording's replay at an icount, for gdb; backwards, too.
+    /// Stop a replay at an icount, for gdb; backwards, too.
     Debug(Debug),
+    /// Show registers, memory and the digest's parts at an icount of the built-in machine.
+    State(State),
     /// Test the QEMU builds of this machine: record, replay, snapshot, restore.
     Doctor(Doctor),
     /// Draw a recording: icount against host time, events by kind and role.
@@ -313,9 +316,20 @@ pub struct RecordBuiltin {
     /// Kernel command line.
     #[arg(long, default_value = "")]
     pub append: String,
-    /// A disk; writes go to an overlay, the file is never touched. Up to 8.
+    /// A disk; writes go to an overlay, the file is never touched. Up to 8, with the other
+    /// virtio devices.
     #[arg(long = "drive", value_name = "FILE")]
     pub drives: Vec<PathBuf>,
+    /// A virtio network card on a Unix datagram socket, one frame a datagram. PATH is made for
+    /// the recording; frames go to the peer, or else to who sent last.
+    #[arg(long, value_name = "unix:PATH[,peer=PATH]")]
+    pub netdev: Option<Netdev>,
+    /// A virtio entropy device; what it gave is in the log.
+    #[arg(long)]
+    pub rng: bool,
+    /// A virtio console. What is typed goes there instead of to the UART; both print here.
+    #[arg(long)]
+    pub virtio_console: bool,
     /// Guest RAM: 16M, 1G.
     #[arg(long, default_value = "128M", value_parser = parse_bytes)]
     pub memory: u64,

@@ -8,7 +8,10 @@
 pub mod blocks;
 pub mod chunker;
 pub mod container;
+pub mod debugger;
+pub mod gdb;
 pub mod live;
+pub mod network;
 pub mod outbox;
 pub mod qemu;
 pub mod record;

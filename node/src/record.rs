@@ -3,11 +3,12 @@
 use crate::blocks::put_image;
 use crate::chunker::{CHUNK_BYTES_MAX, Chunker};
 use crate::live::{Live, NewSnapshot, SnapshotQueue};
+use crate::network::{Netdev, Network};
 use crate::outbox::{LeftBehind, left_behind, read_left_behind};
 use crate::rewrite::{append, compact};
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
-use heddle_proto::manifest::{Image, MANIFEST_VERSION, MachineSpec, Manifest, Positions, Sleep};
+use heddle_proto::manifest::{Device, Image, MANIFEST_VERSION, MachineSpec, Manifest, Positions, Sleep};
 use heddle_proto::{AsyncEvent, Chunk, ChunkBuilder, EmulatorSpec, Event, Hash, Position, RecordingId, v1};
 use heddle_replay_engine::io::{self, RecordSink};
 use heddle_replay_engine::machine::loader::{self, Images};
@@ -49,6 +50,12 @@ pub struct RecordRequest {
     pub append: String,
     /// Disks.
     pub drives: Vec<NamedFile>,
+    /// A network card, and where it is plugged in.
+    pub netdev: Option<Netdev>,
+    /// A source of entropy.
+    pub has_rng: bool,
+    /// A virtio console, which then gets what is typed.
+    pub has_virtio_console: bool,
     /// Where checks, digests and snapshots stand.
     pub positions: Positions,
     /// Where the outbox goes.
@@ -104,6 +111,7 @@ pub async fn record(
     started: impl FnOnce(RecordingId),
 ) -> Result<Recorded> {
     let (manifest, images) = prepare(store, &request).await?;
+    let network = request.netdev.as_ref().map(Network::open).transpose()?;
     let (spec, _) = manifest.builtin().context("the manifest is the built-in machine's")?;
     let machine = loader::build(spec, &images)?;
     drop(images);
@@ -116,12 +124,18 @@ pub async fn record(
         chunker: live.chunker.clone(),
         snapshots: live.snapshots.take().context("the queue is taken once")?,
         output: console.output,
+        network: network.as_ref().map(|network| Box::new(network.sender()) as Output),
         watermarks: watermarks.clone(),
     };
     let queue = AsyncQueue::default();
     let kick: Arc<Mutex<Option<io::Kick>>> = Arc::default();
     let typing = tokio::spawn(type_input(console.input, console.stop, queue.clone(), kick.clone()));
     let _typing = AbortOnDrop(typing.abort_handle());
+    let _receiving = network.as_ref().map(|network| {
+        let kick = kick.clone();
+        let receiving = tokio::spawn(network.receive(queue.clone(), move || wake(&kick)));
+        AbortOnDrop(receiving.abort_handle())
+    });
     if let Some(address) = coordinator {
         let (queue, kick) = (queue.clone(), kick.clone());
         live.show_life(address, move || {
@@ -204,6 +218,7 @@ async fn prepare(store: &StoreClient, request: &RecordRequest) -> Result<(Manife
                 initrd,
                 append: request.append.clone(),
                 drives,
+                devices: devices(request),
             }),
             positions: request.positions.clone(),
         },
@@ -214,11 +229,25 @@ async fn prepare(store: &StoreClient, request: &RecordRequest) -> Result<(Manife
     Ok((manifest, images))
 }
 
+/// The devices asked for, in the order in which they get their slots.
+fn devices(request: &RecordRequest) -> Vec<Device> {
+    let asked = [
+        (request.netdev.is_some(), Device::Net),
+        (request.has_rng, Device::Rng),
+        (request.has_virtio_console, Device::Console),
+    ];
+    asked.into_iter().filter(|(is_asked, _)| *is_asked).map(|(_, device)| device).collect()
+}
+
+/// Takes bytes out of the recording.
+type Output = Box<dyn FnMut(&[u8]) + Send>;
+
 /// Where the emulator's threads put what they produce.
 struct Sink {
     chunker: Chunker,
     snapshots: SnapshotQueue,
-    output: Box<dyn FnMut(&[u8]) + Send>,
+    output: Output,
+    network: Option<Output>,
     watermarks: Watermarks,
 }
 
@@ -244,6 +273,12 @@ impl RecordSink for Sink {
 
     fn console(&mut self, bytes: &[u8]) {
         (self.output)(bytes);
+    }
+
+    fn frame(&mut self, frame: &[u8]) {
+        if let Some(network) = &mut self.network {
+            network(frame);
+        }
     }
 
     fn is_full(&self) -> bool {

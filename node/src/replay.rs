@@ -72,14 +72,27 @@ impl Span {
         &self.manifest.build
     }
 
-    /// An emulator at the span's beginning. Called from a thread of its own.
-    fn emulator(&self, build: Build) -> Result<Emulator, String> {
+    /// Where the blocks of its snapshots are.
+    pub(crate) fn blocks(&self) -> BlockCache {
+        self.blocks.clone()
+    }
+
+    /// The machine at power-on, about to replay the log from `from` on, which the span must
+    /// have, once a snapshot of there has been put in.
+    pub(crate) fn emulator_from(&self, build: Build, from: Position) -> Result<Emulator, String> {
         let (spec, positions) = self.manifest.builtin().ok_or("the recording is QEMU's")?;
         let machine = loader::build(spec, &self.images).map_err(|e| e.to_string())?;
-        let from = Position { icount: self.bounds.from_icount, event: self.bounds.from_event };
-        let source = ChunkSource { chunks: self.chunks.clone().into(), next_event: from.event };
+        let is_needed = |chunk: &&Chunk| chunk.header.end_event() > from.event;
+        let chunks = self.chunks.iter().filter(is_needed).cloned().collect();
+        let source = ChunkSource { chunks, next_event: from.event };
         let replayer = Replayer::new(Box::new(source), from, self.end);
-        let mut emulator = Emulator::replay(machine, replayer, positions.clone(), spec.sleep, build);
+        Ok(Emulator::replay(machine, replayer, positions.clone(), spec.sleep, build))
+    }
+
+    /// An emulator at the span's beginning. Called from a thread of its own.
+    pub(crate) fn emulator(&self, build: Build) -> Result<Emulator, String> {
+        let from = Position { icount: self.bounds.from_icount, event: self.bounds.from_event };
+        let mut emulator = self.emulator_from(build, from)?;
         if !self.bounds.snapshot_root.is_empty() {
             let root = Hash::from_slice(&self.bounds.snapshot_root).map_err(|e| e.to_string())?;
             let found = emulator.restore(root, &mut self.blocks.clone())?;

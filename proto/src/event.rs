@@ -157,7 +157,8 @@ pub enum Body {
     },
     /// The log is complete.
     End,
-    /// What only a QEMU log has.
+    /// A kind that came with QEMU's log. Three of them, `Net`, `CharRead` and `Random`, the
+    /// built-in machine's virtio devices write too; the others only a QEMU log has.
     Qemu(QemuEvent),
 }
 

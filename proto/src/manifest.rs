@@ -6,13 +6,16 @@ use std::collections::BTreeMap;
 
 /// Largest encoded manifest.
 pub const MANIFEST_BYTES_MAX: usize = 64 << 10;
-/// The manifest's version; another one is refused by its number.
-pub const MANIFEST_VERSION: u32 = 2;
+/// The manifest's version. 3 added [`MachineSpec::devices`], which a build that reads only 2
+/// would pass over in silence; a newer one is refused by its number.
+pub const MANIFEST_VERSION: u32 = 3;
+/// The oldest version that is still read: its machines have disks alone.
+pub const MANIFEST_VERSION_OLDEST: u32 = 2;
 
 /// What was recorded, on what, and how.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// [`MANIFEST_VERSION`].
+    /// [`MANIFEST_VERSION`] where it was written.
     pub version: u32,
     /// The recording's id.
     pub id: RecordingId,
@@ -62,10 +65,28 @@ pub struct MachineSpec {
     /// Kernel command line.
     #[serde(default)]
     pub append: String,
-    /// Disks, in the order of their virtio slots.
+    /// Disks, in the order of their virtio slots, which they take from the first up.
     #[serde(default)]
     pub drives: Vec<Image>,
+    /// Other virtio devices, each at most once; they take the slots from the last down.
+    #[serde(default)]
+    pub devices: Vec<Device>,
 }
+
+/// A virtio device that has no image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    /// A network card.
+    Net,
+    /// A source of entropy.
+    Rng,
+    /// A console beside the UART.
+    Console,
+}
+
+/// Slots for disks and devices together.
+pub const VIRTIO_SLOTS: usize = 8;
 
 /// What the virtual clock does while every vCPU is idle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -131,7 +152,7 @@ pub enum ManifestError {
     #[error("manifest does not parse: {0}")]
     Json(#[from] serde_json::Error),
     /// A version this build does not read.
-    #[error("manifest has version {0}; this build reads version {MANIFEST_VERSION}")]
+    #[error("manifest has version {0}; this build reads {MANIFEST_VERSION_OLDEST} to {MANIFEST_VERSION}")]
     Version(u32),
     /// A value out of its bounds.
     #[error("manifest's {what} is {value}: {rule}")]
@@ -174,7 +195,7 @@ impl Manifest {
             version: u32,
         }
         let Probe { version } = serde_json::from_slice(bytes)?;
-        if version != MANIFEST_VERSION {
+        if !(MANIFEST_VERSION_OLDEST..=MANIFEST_VERSION).contains(&version) {
             return Err(ManifestError::Version(version));
         }
         let manifest: Manifest = serde_json::from_slice(bytes)?;
@@ -204,7 +225,10 @@ impl Manifest {
         let whole = memory % (1 << 21) == 0 && (1 << 21..=4 << 30).contains(&memory);
         bound(whole, "memory_bytes", memory, "a multiple of 2 MiB, from 2 MiB to 4 GiB")?;
         bound(m.shift <= 10, "shift", u64::from(m.shift), "at most 10")?;
-        bound(m.drives.len() <= 8, "drives", m.drives.len() as u64, "at most 8")?;
+        let used = m.drives.len() + m.devices.len();
+        bound(used <= VIRTIO_SLOTS, "drives and devices", used as u64, "at most 8 together")?;
+        let is_twice = (1..m.devices.len()).any(|i| m.devices[..i].contains(&m.devices[i]));
+        bound(!is_twice, "devices", m.devices.len() as u64, "each at most once")?;
         bound(p.check_every >= 1000, "check_every", p.check_every, "at least 1000")?;
         let nested = p.digest_every != 0 && p.digest_every % p.check_every == 0;
         bound(nested, "digest_every", p.digest_every, "a multiple of check_every")?;
@@ -212,5 +236,49 @@ impl Manifest {
         bound(nested, "snapshot_every", p.snapshot_every, "a multiple of digest_every, or 0")?;
         let sorted = p.snapshots_at.is_sorted();
         bound(sorted, "snapshots_at", p.snapshots_at.len() as u64, "ascending")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// As a build of version 2 wrote it.
+    const OLDER: &str = r#"{"version":2,"id":"07070707070707070707070707070707","name":"older","labels":{},
+        "created_unix_ms":1,"build":"builtin-0.1.0","emulator":{"builtin":{"machine":{"memory_bytes":16777216,
+        "shift":3,"sleep":"on","bios":null,"kernel":null,"initrd":null,"append":"","drives":[]},
+        "positions":{"check_every":1000000,"digest_every":10000000,"snapshot_every":0,"snapshots_at":[]}}}}"#;
+
+    fn with_devices(devices: &[Device], drives: usize) -> Result<Manifest, ManifestError> {
+        let mut manifest = Manifest::decode(OLDER.as_bytes()).unwrap();
+        manifest.version = MANIFEST_VERSION;
+        let image = Image { hash: Hash::ZERO, bytes: 0, index: Hash::ZERO, name: "disk".into() };
+        if let EmulatorSpec::Builtin { machine, .. } = &mut manifest.emulator {
+            machine.devices = devices.to_vec();
+            machine.drives = vec![image; drives];
+        }
+        Manifest::decode(&manifest.encode())
+    }
+
+    #[test]
+    fn an_older_manifest_has_no_devices_and_others_are_refused_by_number() {
+        let older = Manifest::decode(OLDER.as_bytes()).unwrap();
+        assert_eq!(older.version, 2);
+        assert!(older.builtin().unwrap().0.devices.is_empty());
+        for version in [1, MANIFEST_VERSION + 1] {
+            let other = OLDER.replacen("2", &version.to_string(), 1);
+            let error = Manifest::decode(other.as_bytes()).unwrap_err().to_string();
+            assert!(error.contains(&format!("version {version}; this build reads 2 to 3")), "{error}");
+        }
+    }
+
+    #[test]
+    fn devices_are_each_there_once_and_have_slots() {
+        use Device::{Console, Net, Rng};
+        let manifest = with_devices(&[Net, Rng, Console], 5).unwrap();
+        assert_eq!(manifest.builtin().unwrap().0.devices, [Net, Rng, Console]);
+        assert!(with_devices(&[Net, Rng, Console], 6).is_err());
+        assert!(with_devices(&[Rng, Net, Rng], 0).is_err());
     }
 }

@@ -1,10 +1,10 @@
-//! Events that only a real QEMU's log has, and what a QEMU recording pins.
+//! Events as a real QEMU's log has them, and what a QEMU recording pins.
 
 use crate::manifest::Image;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// An event of a QEMU log that the built-in machine does not have.
+/// An event of a QEMU log. Of these, the built-in machine has `CharRead`, `Net` and `Random`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum QemuEvent {
     /// Instructions that were logged apart, with no event behind them at their icount.

@@ -1,7 +1,7 @@
 //! The running check and the history digest.
 
 use crate::machine::hart::Hart;
-use heddle_proto::{Body, Event, Hash};
+use heddle_proto::{Body, Event, Hash, QemuEvent};
 use serde::{Deserialize, Serialize};
 
 /// What chains an execution's past to its present.
@@ -32,7 +32,12 @@ impl Checks {
                 heddle_proto::AsyncEvent::Char { data } => bytes.extend_from_slice(data),
             },
             Body::Shutdown { code } => bytes.extend_from_slice(&code.to_le_bytes()),
-            // QEMU's own events never happen on this hart.
+            Body::Qemu(
+                QemuEvent::Net { data, .. }
+                | QemuEvent::CharRead { data, .. }
+                | QemuEvent::Random { data, .. },
+            ) => bytes.extend_from_slice(data),
+            // QEMU's other events never happen on this hart.
             Body::Qemu(_) | Body::Checkpoint(_) | Body::Check { .. } | Body::Digest { .. } | Body::End => {}
         }
         self.since = Hash::of(&bytes);

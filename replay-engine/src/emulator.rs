@@ -18,13 +18,16 @@ use crate::warp::Warp;
 use heddle_proto::manifest::{Positions, Sleep};
 use heddle_proto::verdict::{Proof, Side};
 use heddle_proto::{
-    AsyncEvent, Body, CheckpointKind, ClockKind, DivergenceKind, Event, Hash, Outcome, Position, Verdict,
+    AsyncEvent, Body, CheckpointKind, ClockKind, DivergenceKind, Event, Hash, Outcome, Position, QemuEvent,
+    Verdict,
 };
 
 /// The real world, as a recording sees it.
 pub trait World {
     /// A clock, in nanoseconds. Each call may give a later value, never an earlier one.
     fn now(&mut self, clock: ClockKind) -> i64;
+    /// Fills `out` with bytes that nobody can guess.
+    fn entropy(&mut self, out: &mut [u8]);
     /// Whether the vCPU should leave its run soon, for the other role.
     fn must_exit(&mut self) -> bool;
 }
@@ -144,6 +147,18 @@ impl Emulator {
         self.tree.digest(&mut self.machine, &self.rest)
     }
 
+    /// The parts that the digest is made of, by name, each with its hash.
+    pub fn leaves(&mut self) -> Vec<(String, Hash)> {
+        self.digest();
+        self.tree.leaf_hashes(&self.machine, &self.rest)
+    }
+
+    /// A snapshot of the state now, without a mark in the log: the new blocks since the last.
+    pub fn snapshot(&mut self) -> Snapshot {
+        let event = self.position().event;
+        self.tree.snapshot(&mut self.machine, &self.rest, self.checks, event)
+    }
+
     /// Where the execution stands.
     pub fn position(&self) -> Position {
         let event = match &self.log {
@@ -207,6 +222,14 @@ impl Emulator {
         self.has_ended = true;
     }
 
+    /// Ends the replay where it stands, as a match: it was asked to come this far.
+    pub fn conclude(&mut self) {
+        if let Log::Replayer(replayer) = &mut self.log {
+            replayer.finish(ReplayEnd::Match);
+        }
+        self.has_ended = true;
+    }
+
     /// The verdict of an ended replay; an error means: could not tell.
     pub fn verdict(&mut self) -> Result<Verdict, String> {
         let (to, from) = (self.position(), self.from);
@@ -249,21 +272,26 @@ impl Emulator {
     }
 
     /// A checkpoint: its event, then the async queue, flushed here on this role.
-    pub(crate) fn pass_checkpoint(&mut self, kind: CheckpointKind) {
+    pub(crate) fn pass_checkpoint(&mut self, kind: CheckpointKind, world: &mut dyn World) {
         let icount = self.machine.icount;
         let event = match &mut self.log {
             Log::Recorder(recorder) => recorder.event(icount, Body::Checkpoint(kind)),
             Log::Replayer(replayer) => replayer.take_checkpoint(),
         };
         self.note(&event);
-        self.flush_async_events();
+        self.flush_async_events(world);
     }
 
-    fn flush_async_events(&mut self) {
+    fn flush_async_events(&mut self, world: &mut dyn World) {
         while let Some(event) = self.next_async() {
-            let Body::Async(body) = &event.body else { return };
-            if self.machine.run_async(body) {
+            let has_run = match &event.body {
+                Body::Async(body) => self.machine.run_async(body),
+                Body::Qemu(body) => self.machine.receive(body),
+                _ => false,
+            };
+            if has_run {
                 self.note(&event);
+                self.feed_entropy(world);
             } else {
                 let pc = self.pc();
                 match &mut self.log {
@@ -275,22 +303,44 @@ impl Emulator {
         }
     }
 
+    /// What a bottom half has asked of the world's entropy is answered at once, on its role.
+    fn feed_entropy(&mut self, world: &mut dyn World) {
+        while let Some(bytes) = self.machine.entropy_wanted() {
+            let (icount, pc) = (self.machine.icount, self.pc());
+            let event = match &mut self.log {
+                Log::Recorder(recorder) => {
+                    let mut data = vec![0; bytes];
+                    world.entropy(&mut data);
+                    recorder.event(icount, Body::Qemu(QemuEvent::Random { result: 0, data }))
+                }
+                Log::Replayer(replayer) => match replayer.read_entropy(bytes, icount, pc) {
+                    Some(event) => event,
+                    None => return,
+                },
+            };
+            if let Body::Qemu(QemuEvent::Random { data, .. }) = &event.body {
+                self.machine.give_entropy(data);
+            }
+            self.note(&event);
+        }
+    }
+
     fn next_async(&mut self) -> Option<Event> {
         let (icount, pc) = (self.machine.icount, self.pc());
         match &mut self.log {
             Log::Recorder(recorder) => {
                 let half = self.machine.bottom_halves.first();
-                let event = match half {
-                    Some(half) => AsyncEvent::BottomHalf { id: half.id },
+                let body = match half {
+                    Some(half) => Body::Async(AsyncEvent::BottomHalf { id: half.id }),
                     None => loop {
-                        let takes_typed = self.machine.takes_typed();
-                        let event = recorder.queue.pop(takes_typed)?;
-                        if self.machine.expects(&event) {
-                            break event;
+                        let body = recorder.queue.pop(self.machine.room())?;
+                        let Body::Async(event) = &body else { break body };
+                        if self.machine.expects(event) {
+                            break body;
                         }
                     },
                 };
-                Some(recorder.event(icount, Body::Async(event)))
+                Some(recorder.event(icount, body))
             }
             Log::Replayer(replayer) => replayer.next_async(icount, pc),
         }
@@ -304,14 +354,14 @@ impl Emulator {
     }
 
     /// iothread: the machine's first checkpoint.
-    pub(crate) fn start(&mut self) {
-        self.pass_checkpoint(CheckpointKind::Init);
+    pub(crate) fn start(&mut self, world: &mut dyn World) {
+        self.pass_checkpoint(CheckpointKind::Init, world);
         self.rest.is_started = true;
     }
 
     /// iothread, when every vCPU is idle: notes VirtualRt and arms the warp timer.
     pub(crate) fn start_warp_timer(&mut self, world: &mut dyn World) {
-        self.pass_checkpoint(CheckpointKind::ClockWarpStart);
+        self.pass_checkpoint(CheckpointKind::ClockWarpStart, world);
         if !self.machine.is_idle() {
             return;
         }
@@ -336,7 +386,7 @@ impl Emulator {
 
     /// vCPU, before guest code runs again: adds the idle time to the bias.
     pub(crate) fn account_warp_timer(&mut self, world: &mut dyn World) {
-        self.pass_checkpoint(CheckpointKind::ClockWarpAccount);
+        self.pass_checkpoint(CheckpointKind::ClockWarpAccount, world);
         if let Some(start) = self.rest.warp.start {
             let idle = match self.sleep {
                 Sleep::On => self.read_clock(ClockKind::VirtualRt, world).saturating_sub(start),
@@ -352,14 +402,14 @@ impl Emulator {
     }
 
     /// vCPU: the virtual clock's timers are due.
-    pub(crate) fn run_virtual_timers(&mut self) {
-        self.pass_checkpoint(CheckpointKind::ClockVirtual);
+    pub(crate) fn run_virtual_timers(&mut self, world: &mut dyn World) {
+        self.pass_checkpoint(CheckpointKind::ClockVirtual, world);
         self.machine.run_virtual_timers();
     }
 
     /// iothread: VirtualRt's timers are due.
     pub(crate) fn run_virtual_rt_timers(&mut self, world: &mut dyn World) {
-        self.pass_checkpoint(CheckpointKind::ClockVirtualRt);
+        self.pass_checkpoint(CheckpointKind::ClockVirtualRt, world);
         let now = self.read_clock(ClockKind::VirtualRt, world);
         while let Some(TimerId::Warp) = self.machine.timers.take_expired(TimerClock::VirtualRt, now) {
             self.rest.warp.wake = true;
@@ -368,7 +418,7 @@ impl Emulator {
 
     /// iothread: the host clock's timers are due.
     pub(crate) fn run_host_timers(&mut self, world: &mut dyn World) {
-        self.pass_checkpoint(CheckpointKind::ClockHost);
+        self.pass_checkpoint(CheckpointKind::ClockHost, world);
         let now = self.read_clock(ClockKind::Host, world);
         while let Some(TimerId::RtcAlarm) = self.machine.timers.take_expired(TimerClock::Host, now) {
             self.machine.expire_alarm();
@@ -376,8 +426,8 @@ impl Emulator {
     }
 
     /// iothread: the machine is switched off from outside.
-    pub(crate) fn switch_off(&mut self, code: u16) {
-        self.pass_checkpoint(CheckpointKind::Shutdown);
+    pub(crate) fn switch_off(&mut self, code: u16, world: &mut dyn World) {
+        self.pass_checkpoint(CheckpointKind::Shutdown, world);
         self.end(code);
     }
 
@@ -432,7 +482,7 @@ impl Emulator {
         let is_fixed = icount % self.positions.check_every == 0 || self.positions.is_digest(icount);
         if is_fixed {
             self.checks.fold(&self.machine.hart);
-            self.mark(Body::Check { value: self.checks.running, output: self.machine.uart.sent_fold });
+            self.mark(Body::Check { value: self.checks.running, output: self.machine.output() });
             if self.positions.is_digest(icount) {
                 self.mark_digest();
             }

@@ -42,6 +42,7 @@ pub fn spec() -> MachineSpec {
         initrd: None,
         append: String::new(),
         drives: vec![image("loom.disk", &disk())],
+        devices: vec![],
     }
 }
 

@@ -8,6 +8,7 @@
 
 pub mod builds;
 pub mod checks;
+pub mod debugger;
 pub mod emulator;
 pub mod guest;
 pub mod io;

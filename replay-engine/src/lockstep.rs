@@ -2,7 +2,7 @@
 //! icount at which their states differ, and names what differs.
 
 use crate::emulator::Emulator;
-use crate::machine::disasm::register_name;
+use crate::machine::disasm::{float_register_name, register_name};
 use crate::replayer::ReplayEnd;
 use crate::schedule::advance;
 use heddle_proto::verdict::{Finding, Masked};
@@ -50,7 +50,8 @@ impl Pair {
         let (a, b) = (self.a.machine(), self.b.machine());
         let traces_equal = a.trace == b.trace;
         let (a, b) = (a.hart(), b.hart());
-        traces_equal && a.x[..32] == b.x[..32] && a.pc == b.pc && a.mode == b.mode
+        let floats_equal = a.f == b.f && a.fcsr == b.fcsr;
+        traces_equal && floats_equal && a.x[..32] == b.x[..32] && a.pc == b.pc && a.mode == b.mode
     }
 
     fn is_equal(&mut self) -> bool {
@@ -66,6 +67,8 @@ impl Pair {
             .filter(|n| a.x[*n] != b.x[*n])
             .map(|n| format!("{} ({:#x} / {:#x})", register_name(n), a.x[n], b.x[n]))
             .collect();
+        let floats = (0..32).filter(|n| a.f[*n] != b.f[*n]);
+        out.extend(floats.map(|n| format!("{} ({:#x} / {:#x})", float_register_name(n), a.f[n], b.f[n])));
         if a.pc != b.pc {
             out.push(format!("pc ({:#x} / {:#x})", a.pc, b.pc));
         }

@@ -3,12 +3,34 @@
 //! Filled from any thread, drained at checkpoints while recording. In replay it
 //! stays empty: the log says what happens.
 
-use heddle_proto::AsyncEvent;
+use crate::machine::FRAME_BYTES_MAX;
+use heddle_proto::{AsyncEvent, Body, QemuEvent};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Typed bytes that one event carries at most; the guest gets more once it has read most of them.
 pub const TYPED_BYTES_MAX: usize = 1024;
+/// Frames that wait for the guest's buffers, as many as its queue has; more are dropped, as
+/// a network card does.
+const FRAMES_MAX: usize = 256;
+/// The virtio console's number in a `CharRead`.
+pub(crate) const CONSOLE_NUMBER: u8 = 1;
+
+/// Where what is typed goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Port {
+    Uart,
+    Virtio,
+}
+
+/// What a guest has room for now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Room {
+    /// Typed bytes, and where they go.
+    pub(crate) typed: Option<Port>,
+    /// A frame.
+    pub(crate) frames: bool,
+}
 
 /// A handle to the queue; clones share it.
 #[derive(Clone, Debug, Default)]
@@ -21,6 +43,8 @@ struct Shared {
     events: VecDeque<AsyncEvent>,
     /// What was typed and not yet taken by the guest.
     typed: VecDeque<u8>,
+    /// Frames that came in, oldest first.
+    frames: VecDeque<Vec<u8>>,
     shutdown: Option<u16>,
 }
 
@@ -39,15 +63,25 @@ impl AsyncQueue {
         }
     }
 
+    /// A frame came in from the network. One too many, or too long, is dropped.
+    pub fn push_frame(&self, frame: Vec<u8>) {
+        let mut shared = self.lock();
+        if shared.frames.len() < FRAMES_MAX && frame.len() <= FRAME_BYTES_MAX {
+            shared.frames.push_back(frame);
+        }
+    }
+
     /// Asks the machine to be switched off, from outside, with this code.
     pub fn request_shutdown(&self, code: u16) {
         self.lock().shutdown.get_or_insert(code);
     }
 
     /// Whether nothing waits that the guest could get now.
-    pub(crate) fn is_empty(&self, takes_typed: bool) -> bool {
+    pub(crate) fn is_empty(&self, room: Room) -> bool {
         let shared = self.lock();
-        shared.events.is_empty() && (!takes_typed || shared.typed.is_empty())
+        shared.events.is_empty()
+            && (room.typed.is_none() || shared.typed.is_empty())
+            && (!room.frames || shared.frames.is_empty())
     }
 
     /// Bytes typed and not yet taken by the guest.
@@ -55,16 +89,23 @@ impl AsyncQueue {
         self.lock().typed.len()
     }
 
-    pub(crate) fn pop(&self, takes_typed: bool) -> Option<AsyncEvent> {
+    pub(crate) fn pop(&self, room: Room) -> Option<Body> {
         let mut shared = self.lock();
         if let Some(event) = shared.events.pop_front() {
-            return Some(event);
+            return Some(Body::Async(event));
         }
-        if !takes_typed || shared.typed.is_empty() {
-            return None;
+        if room.frames
+            && let Some(data) = shared.frames.pop_front()
+        {
+            return Some(Body::Qemu(QemuEvent::Net { filter: 0, flags: 0, data }));
         }
+        let port = room.typed.filter(|_| !shared.typed.is_empty())?;
         let count = shared.typed.len().min(TYPED_BYTES_MAX);
-        Some(AsyncEvent::Char { data: shared.typed.drain(..count).collect() })
+        let data = shared.typed.drain(..count).collect();
+        Some(match port {
+            Port::Uart => Body::Async(AsyncEvent::Char { data }),
+            Port::Virtio => Body::Qemu(QemuEvent::CharRead { device: CONSOLE_NUMBER, data }),
+        })
     }
 
     /// A switch-off that was asked for, if one was.

@@ -26,7 +26,7 @@ impl Emulator {
             self.account_warp_timer(world);
         }
         if self.virtual_timer_is_due() && !self.must_account() {
-            self.run_virtual_timers();
+            self.run_virtual_timers(world);
         }
         if self.machine.is_idle() {
             return if has_news { Step::Continue } else { Step::Wait };
@@ -42,11 +42,11 @@ impl Emulator {
             return Step::Ended;
         }
         if !self.rest.is_started {
-            self.start();
+            self.start(world);
             return Step::Continue;
         }
         if let Some(code) = self.queue_shutdown() {
-            self.switch_off(code);
+            self.switch_off(code, world);
             return Step::Ended;
         }
         let mut step = Step::Wait;
@@ -74,7 +74,7 @@ impl Emulator {
 
     fn has_async(&self) -> bool {
         let Log::Recorder(recorder) = &self.log else { return false };
-        !self.machine.bottom_halves.is_empty() || !recorder.queue.is_empty(self.machine.takes_typed())
+        !self.machine.bottom_halves.is_empty() || !recorder.queue.is_empty(self.machine.room())
     }
 
     fn queue_shutdown(&self) -> Option<u16> {

@@ -12,6 +12,7 @@ impl World for NoWorld {
     fn now(&mut self, _: ClockKind) -> i64 {
         0
     }
+    fn entropy(&mut self, _: &mut [u8]) {}
     fn must_exit(&mut self) -> bool {
         false
     }
@@ -106,16 +107,16 @@ impl Emulator {
     fn run_site(&mut self, kind: CheckpointKind) {
         let world = &mut NoWorld;
         match kind {
-            CheckpointKind::Init => self.start(),
+            CheckpointKind::Init => self.start(world),
             CheckpointKind::ClockWarpStart => self.start_warp_timer(world),
             CheckpointKind::ClockWarpAccount => self.account_warp_timer(world),
-            CheckpointKind::ClockVirtual => self.run_virtual_timers(),
+            CheckpointKind::ClockVirtual => self.run_virtual_timers(world),
             CheckpointKind::ClockVirtualRt => self.run_virtual_rt_timers(world),
             CheckpointKind::ClockHost => self.run_host_timers(world),
             // QEMU's alone: this machine offers no such site.
             CheckpointKind::ResetRequested | CheckpointKind::SuspendRequested | CheckpointKind::Reset => {}
             CheckpointKind::Shutdown => {
-                self.pass_checkpoint(kind);
+                self.pass_checkpoint(kind, world);
                 // The code is the log's: the switch-off came from outside.
                 let Log::Replayer(replayer) = &mut self.log else { return };
                 let code = match replayer.peek().map(|event| &event.body) {
@@ -170,6 +171,10 @@ impl Emulator {
             self.run_guest(before.icount + 1, &mut NoWorld);
             if self.position() != before || self.has_ended {
                 break;
+            }
+            // A debugger looks at it first; it comes when the debugger goes on.
+            if self.machine.is_held() {
+                return Step::Continue;
             }
         }
         let is_consumed = self.position().event > before.event;

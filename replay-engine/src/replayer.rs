@@ -3,7 +3,9 @@
 
 use crate::role;
 use heddle_proto::verdict::Side;
-use heddle_proto::{Body, CheckpointKind, ClockKind, Divergence, DivergenceKind, Event, Position, Role};
+use heddle_proto::{
+    Body, CheckpointKind, ClockKind, Divergence, DivergenceKind, Event, Position, QemuEvent, Role,
+};
 use std::collections::{BTreeMap, VecDeque};
 
 /// Where a replay's events come from, in order.
@@ -275,6 +277,29 @@ impl Replayer {
             }
         };
         let found = Side { what: format!("clock {clock:?}"), role: Some(role), icount };
+        self.diverge_from_next(kind, found, pc);
+        None
+    }
+
+    /// Reads so many bytes of entropy at `icount`: the event that has them.
+    pub fn read_entropy(&mut self, bytes: usize, icount: u64, pc: u64) -> Option<Event> {
+        let (role, is_pinned) = (role::current(), self.is_pinned);
+        let next = self.peek()?;
+        let logged = match &next.body {
+            Body::Qemu(QemuEvent::Random { data, .. }) => Some(data.len()),
+            _ => None,
+        };
+        let kind = match logged {
+            None => DivergenceKind::WrongKind,
+            Some(_) if next.icount != icount => DivergenceKind::WrongIcount,
+            Some(_) if next.role != role && is_pinned => DivergenceKind::WrongRole,
+            Some(logged) if logged != bytes => DivergenceKind::WrongPayload,
+            Some(_) => {
+                self.count_role();
+                return Some(self.take());
+            }
+        };
+        let found = Side { what: format!("random {bytes} bytes"), role: Some(role), icount };
         self.diverge_from_next(kind, found, pc);
         None
     }

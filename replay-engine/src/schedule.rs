@@ -47,6 +47,9 @@ impl World for ScheduledWorld {
             ClockKind::VirtualRt => self.virtual_rt,
         }
     }
+    fn entropy(&mut self, out: &mut [u8]) {
+        out.iter_mut().for_each(|byte| *byte = self.rng.draw() as u8);
+    }
     fn must_exit(&mut self) -> bool {
         self.rng.below(3) == 0
     }

@@ -4,17 +4,17 @@
 use crate::checks::Checks;
 use crate::machine::hart::Hart;
 use crate::machine::ram::PAGE;
-use crate::machine::{BottomHalf, Machine, VirtualClock};
+use crate::machine::{BottomHalf, Card, Machine, VirtualClock};
 use crate::page_tree::{BlockSource, PageTree, page_hash};
 use crate::warp::Warp;
 use heddle_proto::{Hash, Position};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// Which state a digest covers: all that this machine has.
-pub const COVERAGE: &str = "ram, disk overlays, hart (registers, csrs, tlb, reservation), clint, plic, uart, rtc, \
-     virtio queues and requests in flight, timers, bottom halves, clock, warp";
+pub const COVERAGE: &str = "ram, disk overlays, hart (registers, floating point, csrs, tlb, reservation), clint, \
+     plic, uart, rtc, virtio queues and requests in flight, timers, bottom halves, clock, warp";
 /// Version of [`SnapshotRoot`]; another one is refused by its number.
-const SNAPSHOT_VERSION: u32 = 2;
+const SNAPSHOT_VERSION: u32 = 3;
 
 /// Page trees kept up to date from digest to digest.
 #[derive(Clone, Debug)]
@@ -139,6 +139,14 @@ impl StateTree {
         Hash(*hasher.finalize().as_bytes())
     }
 
+    /// What the root is made of, by name: RAM, the disks' overlays, the leaves. As of the last
+    /// update.
+    pub fn leaf_hashes(&self, machine: &Machine, rest: &Rest) -> Vec<(String, Hash)> {
+        let disks = self.disks.iter().enumerate().map(|(i, disk)| (format!("disk-{i}"), disk.root()));
+        let named = leaves(machine, rest).into_iter().map(|(name, bytes)| (name, Hash::of(&bytes)));
+        std::iter::once(("ram".to_string(), self.ram.root())).chain(disks).chain(named).collect()
+    }
+
     /// A snapshot of the state now. Changes nothing that the guest can see.
     pub fn snapshot(&mut self, machine: &mut Machine, rest: &Rest, checks: Checks, event: u64) -> Snapshot {
         self.update(machine);
@@ -209,7 +217,7 @@ impl StateTree {
         }
         let shift = machine.clock.shift;
         let rest = put_leaves(machine, &snapshot.leaves)?;
-        let halves_agree = machine.bottom_halves.iter().all(|half| half.disk < machine.drives.len());
+        let halves_agree = machine.bottom_halves.iter().all(|half| machine.has_queue(half));
         let fits = machine.clock.shift == shift
             && machine.icount == snapshot.position.icount
             && machine.plic.is_whole()
@@ -248,10 +256,10 @@ impl StateTree {
         let (a, b) = (leaves(machines[0], rests[0]), leaves(machines[1], rests[1]));
         for ((name, a), (_, b)) in a.iter().zip(&b) {
             // Registers are named one by one, by who has both values; of a hart this is the rest.
-            let registers_alone =
-                machines[0].hart.x == machines[1].hart.x && machines[0].hart.pc == machines[1].hart.pc;
+            let [hart, other] = machines.map(|machine| &machine.hart);
+            let registers_equal = hart.x == other.x && hart.pc == other.pc && hart.f == other.f;
             match name.as_str() {
-                "hart" if a != b && registers_alone => out.push("hart (csrs, tlb or reservation)".into()),
+                "hart" if a != b && registers_equal => out.push("hart (csrs, tlb or reservation)".into()),
                 "hart" => {}
                 _ if a != b => out.push(format!("device {name}")),
                 _ => {}
@@ -309,6 +317,7 @@ fn leaves(machine: &Machine, rest: &Rest) -> Vec<(String, Vec<u8>)> {
     for (i, drive) in machine.drives.iter().enumerate() {
         leaves.push((format!("virtio-block-{i}"), encode(&drive.controller)));
     }
+    leaves.extend(machine.cards.iter().map(|card| (card.name().into(), encode(card))));
     leaves
 }
 
@@ -342,13 +351,24 @@ fn put_leaves(machine: &mut Machine, leaves: &[(String, Vec<u8>)]) -> Result<Res
                 machine.next_request = scalars.next_request;
             }
             "rest" => rest = Some(decode(name, bytes)?),
-            _ => {
-                let slot = name.strip_prefix("virtio-block-").and_then(|n| n.parse::<usize>().ok());
-                let drive = slot.and_then(|slot| machine.drives.get_mut(slot));
-                let drive = drive.ok_or_else(|| format!("snapshot has an unknown leaf {name}"))?;
-                drive.controller = decode(name, bytes)?;
-            }
+            _ => put_virtio_leaf(machine, name, bytes)?,
         }
     }
     rest.ok_or_else(|| "snapshot lacks the leaf rest".into())
+}
+
+fn put_virtio_leaf(machine: &mut Machine, name: &str, bytes: &[u8]) -> Result<(), String> {
+    let is_whole = if let Some(card) = machine.cards.iter_mut().find(|card| card.name() == name) {
+        let restored: Card = decode(name, bytes)?;
+        let is_whole = restored.is_like(card);
+        *card = restored;
+        is_whole
+    } else {
+        let slot = name.strip_prefix("virtio-block-").and_then(|n| n.parse::<usize>().ok());
+        let drive = slot.and_then(|slot| machine.drives.get_mut(slot));
+        let drive = drive.ok_or_else(|| format!("snapshot has an unknown leaf {name}"))?;
+        drive.controller = decode(name, bytes)?;
+        drive.controller.is_whole()
+    };
+    is_whole.then_some(()).ok_or_else(|| format!("the leaf {name} is another device's"))
 }

@@ -1,6 +1,11 @@
 //! The machine by its specification, and against guests that mean harm.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "machine/bits.rs"]
+mod bits;
+#[path = "machine/float.rs"]
+mod float;
+
 use heddle_proto::ClockKind;
 use heddle_proto::manifest::{MachineSpec, Sleep};
 use heddle_replay_engine::machine::hart::Hart;
@@ -254,11 +259,14 @@ fn random_programs_never_panic() {
     let programs = if std::env::var_os("HEDDLE_FULL").is_some() { 3000 } else { 300 };
     for seed in 0..programs {
         let mut rng = Seeded::new(seed);
-        let opcodes = [0x33, 0x13, 0x3b, 0x1b, 0x03, 0x23, 0x63, 0x6f, 0x67, 0x37, 0x17, 0x73, 0x2f, 0x0f];
+        let opcodes = [
+            0x33, 0x13, 0x3b, 0x1b, 0x03, 0x23, 0x63, 0x6f, 0x67, 0x37, 0x17, 0x73, 0x2f, 0x0f, 0x07, 0x27,
+            0x43, 0x47, 0x4b, 0x4f, 0x53, 0x53, 0x53,
+        ];
         let code: Vec<u32> = (0..4096)
             .map(|_| {
                 let word = rng.draw() as u32;
-                if rng.below(4) == 0 { word } else { word & !0x7f | opcodes[rng.below(14) as usize] }
+                if rng.below(4) == 0 { word } else { word & !0x7f | opcodes[rng.below(23) as usize] }
             })
             .collect();
         let devices = [
@@ -284,6 +292,7 @@ fn random_programs_never_panic() {
             .collect();
         let mut m = machine(&code, &registers);
         m.hart_mut().mtvec = RAM_BASE + rng.below(4096) * 4;
+        m.hart_mut().mstatus |= rng.below(4) << 13;
         for _ in 0..40 {
             run(&mut m, 200);
             m.take_kick();
@@ -353,6 +362,7 @@ fn a_damaged_elf_is_an_error_and_never_a_panic() {
         initrd: None,
         append: String::new(),
         drives: vec![],
+        devices: vec![],
     };
     let build = |bytes: Vec<u8>| {
         let images = Images { kernel: Some(Arc::from(bytes)), ..Images::default() };

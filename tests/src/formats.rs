@@ -48,6 +48,7 @@ pub const FORMATS: &[Format] = &[
     Format { name: "raft", check: store::check_raft, seeds: store::raft_seeds, cost: 1 },
     Format { name: "elf", check: machine::check_elf, seeds: machine::elf_seeds, cost: 4 },
     Format { name: "snapshot", check: machine::check_snapshot, seeds: machine::snapshot_seeds, cost: 4 },
+    Format { name: "virtio", check: machine::check_virtio, seeds: machine::virtio_seeds, cost: 4 },
     Format { name: "qemu-log", check: qemu::check_log, seeds: qemu::log_seeds, cost: 1 },
     Format { name: "vm-state", check: qemu::check_vm_state, seeds: qemu::vm_state_seeds, cost: 1 },
     Format { name: "qcow2", check: qemu::check_qcow2, seeds: qemu::qcow2_seeds, cost: 10 },

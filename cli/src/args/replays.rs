@@ -1,7 +1,11 @@
-//! The command line of what replays: verdicts, hunts, snapshots, debuggers.
+//! The command line of what replays: verdicts, hunts, snapshots, debuggers, states.
 
 use clap::Args as ClapArgs;
 use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Most bytes of memory that `heddle state` prints.
+const MEMORY_BYTES_MAX: u64 = 1 << 20;
 
 /// `heddle replay`.
 #[derive(ClapArgs, Debug, Clone)]
@@ -11,6 +15,13 @@ pub struct Replay {
     /// Cut it into so many spans.
     #[arg(long, default_value_t = 1)]
     pub spans: u32,
+    /// Built-in machine: judge from here on. The replay begins at the last snapshot before,
+    /// in this process.
+    #[arg(long, value_name = "ICOUNT", conflicts_with_all = ["spans", "console"])]
+    pub from: Option<u64>,
+    /// Built-in machine: judge up to here.
+    #[arg(long, value_name = "ICOUNT", conflicts_with_all = ["spans", "console"])]
+    pub to: Option<u64>,
     /// Replay with this build instead of the recorded one.
     #[arg(long, value_name = "BUILD")]
     pub against: Option<String>,
@@ -65,7 +76,55 @@ pub struct Debug {
     /// Where to stop.
     #[arg(long, value_name = "ICOUNT")]
     pub at: u64,
+    /// Built-in machine: wait for gdb at this address, where whoever reaches it may come in,
+    /// instead of on a socket of yours.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub listen: Option<String>,
     /// The QEMU to use; without any, the usual ones on the PATH.
     #[arg(long, value_name = "FILE")]
     pub qemu: Vec<PathBuf>,
+}
+
+/// `heddle state`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct State {
+    /// The recording.
+    pub recording: String,
+    /// Where: so many instructions have run.
+    #[arg(long, value_name = "ICOUNT")]
+    pub at: u64,
+    /// Memory to print, physical: 0x80000000:256.
+    #[arg(long, value_name = "ADDR:LEN")]
+    pub memory: Option<MemoryRange>,
+    /// --memory is a virtual address, as the guest's page table has it there.
+    #[arg(long, requires = "memory")]
+    pub r#virtual: bool,
+}
+
+/// Some memory, as `heddle state --memory` takes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryRange {
+    /// Where it begins.
+    pub address: u64,
+    /// How many bytes.
+    pub bytes: u64,
+}
+
+impl FromStr for MemoryRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<MemoryRange, String> {
+        let number = |text: &str| match text.strip_prefix("0x") {
+            Some(digits) => u64::from_str_radix(digits, 16),
+            None => text.parse(),
+        };
+        let parts = text.split_once(':').and_then(|(address, bytes)| {
+            Some(MemoryRange { address: number(address).ok()?, bytes: number(bytes).ok()? })
+        });
+        let range = parts.ok_or_else(|| format!("{text:?} is not ADDR:LEN, as in 0x80000000:256"))?;
+        if !(1..=MEMORY_BYTES_MAX).contains(&range.bytes) {
+            return Err(format!("LEN is 1 to {MEMORY_BYTES_MAX} bytes"));
+        }
+        Ok(range)
+    }
 }

@@ -1,6 +1,6 @@
-//! `heddle debug`: QEMU's own gdbstub on a replay, stopped at an icount.
+//! `heddle debug`: a gdb on a replay, stopped at an icount; of QEMU its own gdbstub.
 
-use super::recordings;
+use super::{debug_builtin, recordings};
 use crate::args::{Debug, Format};
 use crate::cluster::Cluster;
 use crate::exit::{INCOMPATIBLE, OK, UNEXPECTED, USAGE, coded};
@@ -15,12 +15,15 @@ use serde_json::json;
 /// Stops a replay at an icount and serves a debugger until it leaves.
 pub async fn run(cluster: &Cluster, command: Debug, format: Format) -> Result<u8> {
     let recording = recordings::find(&cluster.store, &command.recording).await?;
-    if recording.manifest.qemu().is_none() {
-        return Err(coded(USAGE, "only recordings of QEMU can be debugged"));
-    }
     let end = recording.row.committed_icount;
     if command.at > end {
         return Err(coded(USAGE, format!("the recording ends at icount {end}")));
+    }
+    if recording.manifest.builtin().is_some() {
+        return debug_builtin::run(cluster, &recording, command, format).await;
+    }
+    if command.listen.is_some() {
+        return Err(coded(USAGE, "--listen is for recordings of the built-in machine"));
     }
     let name = &recording.manifest.build;
     let build = crate::serve::offered(&command.qemu).await.into_iter().find(|build| build.name == *name);

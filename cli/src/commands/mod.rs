@@ -2,6 +2,7 @@
 
 pub mod console;
 pub mod debug;
+pub mod debug_builtin;
 pub mod diff;
 pub mod doctor;
 pub mod events;
@@ -13,7 +14,9 @@ pub mod record;
 pub mod record_qemu;
 pub mod recordings;
 pub mod replay;
+pub mod replay_range;
 pub mod replica;
+pub mod state;
 pub mod transfer;
 
 use crate::args::{Args, Bench, Command, Record, Up};
@@ -57,6 +60,7 @@ pub async fn run(args: Args) -> Result<u8> {
         Command::Replay(command) => replay::run(&cluster, command, format).await,
         Command::Hunt(command) => hunt::run(&cluster, command, format).await,
         Command::Debug(command) => debug::run(&cluster, command, format).await,
+        Command::State(command) => state::run(&cluster, command, format).await,
         Command::Plot(command) => plot::run(&cluster, command).await,
         Command::Index(command) => index::run(&cluster, command, format).await,
         Command::Diff(command) => diff::run(&cluster, command, format).await,

@@ -111,6 +111,9 @@ fn request(command: &RecordBuiltin, outbox_dir: PathBuf) -> Result<RecordRequest
         initrd: file(&command.initrd)?,
         append: command.append.clone(),
         drives,
+        netdev: command.netdev.clone(),
+        has_rng: command.rng,
+        has_virtio_console: command.virtio_console,
         positions: Positions {
             check_every: CHECK_EVERY,
             digest_every: DIGEST_EVERY,

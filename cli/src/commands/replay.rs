@@ -2,6 +2,7 @@
 
 use super::get::away;
 use super::recordings::{self, Recording};
+use super::replay_range;
 use crate::args::{Format, Replay};
 use crate::cluster::Cluster;
 use crate::exit::{DIVERGED, INCOMPATIBLE, OK, TIMEOUT, UNEXPECTED, coded};
@@ -22,6 +23,9 @@ use std::time::{Duration, Instant};
 /// Replays; exit 0 on match, 3 on divergence.
 pub async fn run(cluster: &Cluster, command: Replay, format: Format) -> Result<u8> {
     let recording = recordings::find(&cluster.store, &command.recording).await?;
+    if command.from.is_some() || command.to.is_some() {
+        return replay_range::run(cluster, &recording, &command, format).await;
+    }
     if command.console {
         return with_console(cluster, &recording, &command, format).await;
     }
@@ -130,7 +134,8 @@ pub fn task_value(task: &v1::TaskRow) -> Value {
     })
 }
 
-fn outcome_name(verdict: &Verdict) -> &'static str {
+/// The outcome as it is printed.
+pub(super) fn outcome_name(verdict: &Verdict) -> &'static str {
     match verdict.outcome {
         Outcome::Match => "match",
         Outcome::Diverged(_) => "diverged",
@@ -165,7 +170,8 @@ pub fn summary(job: &v1::JobRow, seconds: f64) -> Result<Value> {
     }))
 }
 
-fn print(value: &Value, name: &str, format: Format) -> Result<()> {
+/// Prints a [`summary`].
+pub(super) fn print(value: &Value, name: &str, format: Format) -> Result<()> {
     match format {
         Format::Json | Format::Yaml => output::value(format, value),
         Format::Name => output::line(value["verdict"].as_str().unwrap_or_default().into()),

@@ -1,7 +1,9 @@
-//! The host's clocks, as a recording reads them.
+//! The host's clocks and its entropy, as a recording reads them.
 
 use crate::emulator::World;
 use heddle_proto::ClockKind;
+use rand::RngCore;
+use rand::rngs::OsRng;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -38,6 +40,10 @@ impl World for HostClocks {
             ClockKind::VirtualRt => self.start.elapsed().saturating_sub(self.paused),
         };
         elapsed.as_nanos() as i64
+    }
+
+    fn entropy(&mut self, out: &mut [u8]) {
+        OsRng.fill_bytes(out);
     }
 
     fn must_exit(&mut self) -> bool {

@@ -29,6 +29,8 @@ pub trait RecordSink: Send {
     fn snapshot(&mut self, snapshot: Snapshot);
     /// Console bytes.
     fn console(&mut self, bytes: &[u8]);
+    /// A frame that the guest sent. Without a network it goes nowhere.
+    fn frame(&mut self, _frame: &[u8]) {}
     /// Whether the guest must pause, since there is no room for more events.
     fn is_full(&self) -> bool;
     /// The recording was paused or goes on.
@@ -132,6 +134,7 @@ impl State {
     fn deliver(&mut self) {
         let events = self.emulator.take_events();
         let console = self.emulator.machine_mut().take_console();
+        let frames = self.emulator.machine_mut().take_frames();
         let snapshots = self.emulator.take_snapshots();
         self.submitted.append(&mut self.emulator.machine_mut().take_submitted());
         let Some(sink) = &mut self.sink else {
@@ -146,6 +149,7 @@ impl State {
         if !console.is_empty() {
             sink.console(&console);
         }
+        frames.iter().for_each(|frame| sink.frame(frame));
         snapshots.into_iter().for_each(|snapshot| sink.snapshot(snapshot));
     }
 }

@@ -3,11 +3,14 @@
 use super::hart::{Mode, irq, status};
 use super::{Machine, clint};
 
-/// RV64IMAC with S and U.
-const MISA: u64 = 2 << 62 | 1 | 1 << 2 | 1 << 8 | 1 << 12 | 1 << 18 | 1 << 20;
+/// RV64GC (ACDFIM) with S and U.
+const MISA: u64 = 2 << 62 | 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 8 | 1 << 12 | 1 << 18 | 1 << 20;
 /// Exceptions that can be delegated: all but M-mode's own environment call.
 const MEDELEG: u64 = 0xb3ff;
 const SATP_SV39: u64 = 8;
+/// `fcsr`'s lower part; `frm` is the rest.
+const FFLAGS: u8 = 0x1f;
+const FRM_SHIFT: u32 = 5;
 
 impl Machine {
     /// Reads a CSR; `None` is an illegal instruction.
@@ -17,7 +20,11 @@ impl Machine {
             return None;
         }
         Some(match csr {
-            0x100 => h.mstatus & status::SSTATUS,
+            0x001..=0x003 if h.mstatus & status::FS == 0 => return None,
+            0x001 => u64::from(h.fcsr & FFLAGS),
+            0x002 => u64::from(h.fcsr >> FRM_SHIFT),
+            0x003 => u64::from(h.fcsr),
+            0x100 => h.status() & (status::SSTATUS | status::SD),
             0x104 => h.mie & h.mideleg,
             0x105 => h.stvec,
             0x106 => h.scounteren,
@@ -28,7 +35,7 @@ impl Machine {
             0x144 => h.mip() & h.mideleg,
             0x180 if self.satp_is_trapped() => return None,
             0x180 => h.satp,
-            0x300 => h.mstatus,
+            0x300 => h.status(),
             0x301 => MISA,
             0x302 => h.medeleg,
             0x303 => h.mideleg,
@@ -78,6 +85,9 @@ impl Machine {
             return None;
         }
         let icount = self.icount;
+        if (0x001..=0x003).contains(&csr) {
+            return self.write_float_csr(csr, value as u8);
+        }
         let h = &mut self.hart;
         let masked = |old: u64, mask: u64| old & !mask | value & mask;
         match csr {
@@ -112,6 +122,21 @@ impl Machine {
         Some(())
     }
 
+    /// No mode or translation depends on these: nothing more is to be updated.
+    fn write_float_csr(&mut self, csr: u32, value: u8) -> Option<()> {
+        let h = &mut self.hart;
+        if h.mstatus & status::FS == 0 {
+            return None;
+        }
+        h.fcsr = match csr {
+            0x001 => h.fcsr & !FFLAGS | value & FFLAGS,
+            0x002 => h.fcsr & FFLAGS | value << FRM_SHIFT,
+            _ => value,
+        };
+        h.mstatus |= status::FS;
+        Some(())
+    }
+
     fn write_mstatus(&mut self, value: u64) {
         let mask = status::SIE
             | status::MIE
@@ -119,6 +144,7 @@ impl Machine {
             | status::MPIE
             | status::SPP
             | status::MPP
+            | status::FS
             | status::MPRV
             | status::SUM
             | status::MXR

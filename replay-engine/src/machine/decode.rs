@@ -1,6 +1,11 @@
 //! Decoding: 16- and 32-bit instructions to one small operation each.
 
+use super::{bits, float};
+
 /// What an operation does. `Undecoded` is the empty slot of the decode cache.
+///
+/// The order has a meaning: bit operations from `Sh1add`, then floating point from `Flw`,
+/// then, from `FcvtW`, the floating point that gives an integer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 #[rustfmt::skip]
@@ -20,6 +25,14 @@ pub enum Code {
     AmoswapD, AmoaddD, AmoxorD, AmoandD, AmoorD, AmominD, AmomaxD, AmominuD, AmomaxuD,
     Fence, FenceI, Ecall, Ebreak, Mret, Sret, Wfi, SfenceVma,
     Csrrw, Csrrs, Csrrc, Csrrwi, Csrrsi, Csrrci,
+    Sh1add, Sh2add, Sh3add, AddUw, Sh1addUw, Sh2addUw, Sh3addUw, SlliUw,
+    Andn, Orn, Xnor, Clz, Ctz, Cpop, Clzw, Ctzw, Cpopw, Min, Max, Minu, Maxu,
+    SextB, SextH, ZextH, Rol, Ror, Rori, Rolw, Rorw, Roriw, OrcB, Rev8,
+    Bset, Bclr, Binv, Bext, Bseti, Bclri, Binvi, Bexti,
+    Flw, Fld, Fsw, Fsd, Fmadd, Fmsub, Fnmsub, Fnmadd,
+    Fadd, Fsub, Fmul, Fdiv, Fsqrt, Fsgnj, Fsgnjn, Fsgnjx, Fmin, Fmax,
+    FcvtFormat, FcvtFromW, FcvtFromWu, FcvtFromL, FcvtFromLu, FmvFromX,
+    FcvtW, FcvtWu, FcvtL, FcvtLu, FmvX, Feq, Flt, Fle, Fclass,
 }
 
 /// A register number that swallows writes: x0 as a destination.
@@ -28,7 +41,8 @@ pub const SINK: u8 = 32;
 /// A decoded instruction.
 ///
 /// - `rd` is [`SINK`] for x0, so that executing needs no test.
-/// - `imm` is the sign-extended immediate; the CSR number for `Csr*`; the raw bits for `Illegal`.
+/// - `imm` is the sign-extended immediate; the CSR number for `Csr*`; the raw bits for `Illegal`;
+///   of floating point what `float/decode.rs` draws.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub struct Op {
@@ -115,21 +129,21 @@ fn decode_32(w: u32, len: u8) -> Op {
             (5, 0x10) => (Srai, shamt6),
             (6, _) => (Ori, i_imm),
             (7, _) => (Andi, i_imm),
-            _ => (Illegal, 0),
+            _ => bits::decode(w),
         },
         0x1b => match (f3, f7) {
             (0, _) => (Addiw, i_imm),
             (1, 0) => (Slliw, shamt5),
             (5, 0) => (Srliw, shamt5),
             (5, 0x20) => (Sraiw, shamt5),
-            _ => (Illegal, 0),
+            _ => bits::decode(w),
         },
         0x33 => match f7 {
             0 => ([Add, Sll, Slt, Sltu, Xor, Srl, Or, And][f3 as usize], 0),
             1 => ([Mul, Mulh, Mulhsu, Mulhu, Div, Divu, Rem, Remu][f3 as usize], 0),
             0x20 if f3 == 0 => (Sub, 0),
             0x20 if f3 == 5 => (Sra, 0),
-            _ => (Illegal, 0),
+            _ => bits::decode(w),
         },
         0x3b => match (f7, f3) {
             (0, 0) => (Addw, 0),
@@ -142,8 +156,11 @@ fn decode_32(w: u32, len: u8) -> Op {
             (1, 5) => (Divuw, 0),
             (1, 6) => (Remw, 0),
             (1, 7) => (Remuw, 0),
-            _ => (Illegal, 0),
+            _ => bits::decode(w),
         },
+        0x07 | 0x27 | 0x43 | 0x47 | 0x4b | 0x4f | 0x53 => {
+            return float::decode::decode(w, len).unwrap_or_else(|| illegal(w, len));
+        }
         0x2f => (atomic(w >> 27, f3, rs2), 0),
         0x0f => match f3 {
             0 => (Fence, 0),
@@ -201,7 +218,7 @@ fn system(w: u32) -> Code {
     }
 }
 
-/// Expands a 16-bit instruction (RV64C without floating point) to its 32-bit form.
+/// Expands a 16-bit instruction (RV64C) to its 32-bit form.
 fn expand(h: u16) -> Option<u32> {
     let h = u32::from(h);
     let bit = |from: u32, to: u32| ((h >> from) & 1) << to;
@@ -220,6 +237,8 @@ fn expand(h: u16) -> Option<u32> {
     let r = |f7: u32, rs2: u32, rs1: u32, f3: u32, rd: u32, op: u32| {
         f7 << 25 | rs2 << 20 | rs1 << 15 | f3 << 12 | rd << 7 | op
     };
+    // Makes an integer store one of floating point.
+    let float_store = 0x23 ^ 0x27;
     let cl_w = bits(10, 3, 3) | bit(6, 2) | bit(5, 6);
     let cl_d = bits(10, 3, 3) | bits(5, 2, 6);
     let wide = match (h & 3, h >> 13) {
@@ -230,8 +249,10 @@ fn expand(h: u16) -> Option<u32> {
             }
             i(imm as i32, 2, 0, rd_, 0x13)
         }
+        (0, 1) => i(cl_d as i32, rs1_, 3, rd_, 0x07),
         (0, 2) => i(cl_w as i32, rs1_, 2, rd_, 0x03),
         (0, 3) => i(cl_d as i32, rs1_, 3, rd_, 0x03),
+        (0, 5) => s(cl_d, rd_, rs1_, 3) | float_store,
         (0, 6) => s(cl_w, rd_, rs1_, 2),
         (0, 7) => s(cl_d, rd_, rs1_, 3),
         (1, 0) => i(imm6, rd, 0, rd, 0x13),
@@ -284,6 +305,10 @@ fn expand(h: u16) -> Option<u32> {
                 | 0x63
         }
         (2, 0) => i(imm6 & 63, rd, 1, rd, 0x13),
+        (2, 1) => {
+            let imm = bit(12, 5) | bits(5, 2, 3) | bits(2, 3, 6);
+            i(imm as i32, 2, 3, rd, 0x07)
+        }
         (2, 2) if rd != 0 => {
             let imm = bit(12, 5) | bits(4, 3, 2) | bits(2, 2, 6);
             i(imm as i32, 2, 2, rd, 0x03)
@@ -300,6 +325,7 @@ fn expand(h: u16) -> Option<u32> {
             (_, _, 0) => i(0, rd, 0, 1, 0x67),
             (_, _, _) => r(0, rs2, rd, 0, rd, 0x33),
         },
+        (2, 5) => s(bits(10, 3, 3) | bits(7, 3, 6), rs2, 2, 3) | float_store,
         (2, 6) => s(bits(9, 4, 2) | bits(7, 2, 6), rs2, 2, 2),
         (2, 7) => s(bits(10, 3, 3) | bits(7, 3, 6), rs2, 2, 3),
         _ => return None,

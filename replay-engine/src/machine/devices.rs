@@ -6,8 +6,7 @@ use super::clint::{ClintWrite, TICK_NS};
 use super::hart::{Trap, irq};
 use super::memory::Access;
 use super::rtc::{Rtc, RtcWrite};
-use super::virtio_block::VirtioWrite;
-use super::{BottomHalf, Machine, Outside, RAM_BASE};
+use super::{Machine, Outside};
 use crate::role;
 use crate::timer::{TimerClock, TimerId};
 use heddle_proto::{AsyncEvent, ClockKind, Role};
@@ -24,7 +23,7 @@ pub mod map {
     pub const UART: u64 = 0x1000_0000;
     pub const VIRTIO: u64 = 0x1000_1000;
     pub const VIRTIO_BYTES: u64 = 0x1000;
-    pub const VIRTIO_SLOTS: u64 = 8;
+    pub const VIRTIO_SLOTS: u64 = heddle_proto::manifest::VIRTIO_SLOTS as u64;
     pub const UART_IRQ: u32 = 10;
     pub const RTC_IRQ: u32 = 11;
     pub const VIRTIO_IRQ: u32 = 1;
@@ -71,28 +70,6 @@ impl Machine {
             _ => None,
         };
         value.ok_or(Access::Load.access_fault(va))
-    }
-
-    fn load_virtio(&self, offset: u64, size: usize) -> Option<u64> {
-        let (slot, register) = ((offset >> 12) as usize, offset & 0xfff);
-        let Some(drive) = self.drives.get(slot) else {
-            // An empty slot has the magic and version, and device id 0.
-            return Some(match register {
-                0 => 0x7472_6976,
-                4 => 2,
-                _ => 0,
-            });
-        };
-        let word = u64::from(drive.controller.load(register & !3, &drive.disk));
-        match size {
-            4 => Some(word),
-            8 if register >= 0x100 => {
-                let high = drive.controller.load((register & !3) + 4, &drive.disk);
-                Some(word | u64::from(high) << 32)
-            }
-            1 | 2 if register >= 0x100 => Some(word >> (register % 4 * 8) & ((1 << (size * 8)) - 1)),
-            _ => None,
-        }
     }
 
     pub(super) fn store_device(
@@ -172,21 +149,7 @@ impl Machine {
         }
     }
 
-    fn store_virtio(&mut self, offset: u64, value: u32) {
-        let (slot, register) = ((offset >> 12) as usize, offset & 0xfff);
-        let Some(drive) = self.drives.get_mut(slot) else { return };
-        match drive.controller.store(register, value) {
-            VirtioWrite::Notify => {
-                self.bottom_halves.push(BottomHalf { id: self.next_bottom_half, disk: slot });
-                self.next_bottom_half += 1;
-                self.leave_for_work();
-            }
-            VirtioWrite::Line => self.update_lines(),
-            VirtioWrite::Nothing => {}
-        }
-    }
-
-    fn leave_for_work(&mut self) {
+    pub(super) fn leave_for_work(&mut self) {
         self.work = true;
         self.attention = true;
     }
@@ -204,8 +167,8 @@ impl Machine {
     pub(super) fn update_lines(&mut self) {
         self.plic.set_level(map::UART_IRQ, self.uart.line());
         self.plic.set_level(map::RTC_IRQ, self.rtc.line());
-        for (slot, drive) in self.drives.iter().enumerate() {
-            self.plic.set_level(map::VIRTIO_IRQ + slot as u32, drive.controller.line());
+        for (source, line) in (map::VIRTIO_IRQ..).zip(self.virtio_lines()) {
+            self.plic.set_level(source, line);
         }
         let lines = self.device_lines();
         if lines == self.hart.lines {
@@ -218,11 +181,6 @@ impl Machine {
             }
             Role::Iothread => self.hart.kick_pending = true,
         }
-    }
-
-    /// Whether the console has room for what is typed.
-    pub fn takes_typed(&self) -> bool {
-        self.uart.backlog() < crate::queue::TYPED_BYTES_MAX
     }
 
     /// Whether an async event has its counterpart: its request is in flight.
@@ -245,10 +203,7 @@ impl Machine {
                     return false;
                 };
                 let half = self.bottom_halves.remove(at);
-                let drive = &mut self.drives[half.disk];
-                let next_id = &mut self.next_request;
-                let popped = drive.controller.pop_requests(&self.ram, RAM_BASE, next_id);
-                self.submitted.extend(popped);
+                self.run_queue(half);
             }
             AsyncEvent::Block { id } => {
                 let owner = self
@@ -256,7 +211,7 @@ impl Machine {
                     .iter_mut()
                     .find(|drive| drive.controller.in_flight.iter().any(|r| r.id == *id));
                 let Some(drive) = owner else { return false };
-                drive.controller.complete(*id, &mut self.ram, RAM_BASE, &mut drive.disk);
+                drive.controller.complete(*id, &mut self.ram, &mut drive.disk);
             }
             AsyncEvent::Char { data } => self.uart.receive(data),
         }

@@ -3,7 +3,7 @@
 use super::decode::{Code, Op, decode};
 use super::hart::{Mode, Trap, status};
 use super::memory::Access;
-use super::{Machine, Outside, RAM_BASE};
+use super::{Machine, Outside, RAM_BASE, bits};
 
 const ILLEGAL: u64 = 2;
 const BREAKPOINT: u64 = 3;
@@ -39,12 +39,12 @@ impl Machine {
     }
 
     #[inline(always)]
-    fn x(&self, n: u8) -> u64 {
+    pub(super) fn x(&self, n: u8) -> u64 {
         self.hart.x[n as usize & 63]
     }
 
     #[inline(always)]
-    fn set(&mut self, n: u8, value: u64) {
+    pub(super) fn set(&mut self, n: u8, value: u64) {
         self.hart.x[n as usize & 63] = value;
     }
 
@@ -121,6 +121,9 @@ impl Machine {
             Remw => remainder_signed(a as i32 as i64, self.x(op.rs2) as i32 as i64) as i32 as u64,
             Remuw => (a as u32).checked_rem(self.x(op.rs2) as u32).unwrap_or(a as u32) as i32 as u64,
             Fence => return Ok(next),
+            // Calls, so that code without these extensions pays for none of them.
+            _ if op.code.is_bit_operation() => bits::execute(op.code, a, self.x(op.rs2), imm),
+            _ if op.code.is_float() => return self.execute_float(op, pc, next, outside),
             _ => return self.execute_rare(op, pc, next, outside),
         };
         self.set(op.rd, value);
@@ -131,17 +134,13 @@ impl Machine {
     #[inline(never)]
     fn execute_rare(&mut self, op: Op, pc: u64, next: u64, outside: &mut dyn Outside) -> Result<u64, Trap> {
         use Code::*;
-        let illegal = |machine: &mut Machine| Trap {
-            cause: ILLEGAL,
-            tval: machine.fetch_bits(pc).map_or(0, u64::from),
-        };
         let code = op.code as u8;
         match op.code {
             LrW | LrD | ScW | ScD => self.reserve(op)?,
             _ if (AmoswapW as u8..=AmomaxuW as u8).contains(&code) => self.atomic::<4>(op, outside)?,
             _ if (AmoswapD as u8..=AmomaxuD as u8).contains(&code) => self.atomic::<8>(op, outside)?,
             Csrrw | Csrrs | Csrrc | Csrrwi | Csrrsi | Csrrci => {
-                self.csr(op).ok_or_else(|| illegal(self))?;
+                self.csr(op).ok_or_else(|| self.illegal(pc))?;
             }
             Ecall => return Err(Trap { cause: 8 + self.hart.mode as u64, tval: 0 }),
             Ebreak => return Err(Trap { cause: BREAKPOINT, tval: pc }),
@@ -168,9 +167,15 @@ impl Machine {
                 self.hart.flush_tlb();
                 self.update_paging();
             }
-            _ => return Err(illegal(self)),
+            _ => return Err(self.illegal(pc)),
         }
         Ok(next)
+    }
+
+    /// The instruction at `pc` is illegal: the trap value has its bits.
+    #[cold]
+    pub(super) fn illegal(&mut self, pc: u64) -> Trap {
+        Trap { cause: ILLEGAL, tval: self.fetch_bits(pc).map_or(0, u64::from) }
     }
 
     /// Whether a supervisor instruction is allowed that `trap_bit` of `mstatus` can forbid.

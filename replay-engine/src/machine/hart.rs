@@ -47,6 +47,8 @@ pub mod status {
     pub const SPP: u64 = 1 << 8;
     pub const MPP: u64 = 3 << 11;
     pub const MPP_SHIFT: u32 = 11;
+    /// The state of floating point: off, initial, clean, or (all ones) dirty.
+    pub const FS: u64 = 3 << 13;
     pub const MPRV: u64 = 1 << 17;
     pub const SUM: u64 = 1 << 18;
     pub const MXR: u64 = 1 << 19;
@@ -55,7 +57,9 @@ pub mod status {
     pub const TSR: u64 = 1 << 22;
     /// UXL and SXL, both 64-bit, read-only.
     pub const XL: u64 = 2 << 32 | 2 << 34;
-    pub const SSTATUS: u64 = SIE | SPIE | SPP | SUM | MXR | 3 << 32;
+    /// Some state is dirty; read-only, and made when it is read.
+    pub const SD: u64 = 1 << 63;
+    pub const SSTATUS: u64 = SIE | SPIE | SPP | FS | SUM | MXR | 3 << 32;
 }
 
 /// An exception: what `*cause` and `*tval` will hold.
@@ -94,6 +98,10 @@ pub struct Hart {
     /// index be masked instead of checked.
     pub x: Vec<u64>,
     pub pc: u64,
+    /// f0..f31; a binary32 has ones above it.
+    pub f: [u64; 32],
+    /// `frm` and `fflags`.
+    pub fcsr: u8,
     pub mode: Mode,
     /// LR's physical address and the value loaded there.
     pub reservation: Option<(u64, u64)>,
@@ -141,6 +149,8 @@ impl Hart {
         Hart {
             x: vec![0; REGISTERS],
             pc,
+            f: [0; 32],
+            fcsr: 0,
             mode: Mode::Machine,
             reservation: None,
             mstatus: status::XL,
@@ -170,6 +180,12 @@ impl Hart {
             fetch_page: None,
             tlb: vec![TlbEntry::EMPTY; TLB_ENTRIES],
         }
+    }
+
+    /// `mstatus` as the guest reads it.
+    pub fn status(&self) -> u64 {
+        let is_dirty = self.mstatus & status::FS == status::FS;
+        self.mstatus | if is_dirty { status::SD } else { 0 }
     }
 
     /// `mip` as the guest reads it.
@@ -270,18 +286,28 @@ impl Hart {
     /// that one flipped bit always shows. Without a dependency from one to the next.
     #[inline]
     pub fn quick_fold(&self) -> u64 {
-        let registers = self.x[1..SINK as usize].iter().zip(1u64..);
-        registers.fold(self.pc.wrapping_mul(0xa24b_aed4_963e_e407), |sum, (value, n)| {
+        let times = |sum: u64, (value, n): (&u64, u64)| {
             sum.wrapping_add(value.wrapping_mul(n.wrapping_mul(0x9fb2_1c65_1e98_df25) | 1))
-        })
+        };
+        let pc = self.pc.wrapping_mul(0xa24b_aed4_963e_e407);
+        let sum = self.x[1..SINK as usize].iter().zip(1u64..).fold(pc, times);
+        let fcsr = u64::from(self.fcsr);
+        self.usable_floats().iter().chain([&fcsr]).zip(u64::from(SINK)..).fold(sum, times)
     }
 
     /// pc and registers folded to 64 bits: the cheap check.
     pub fn fold(&self) -> u64 {
         let mut sum = self.pc.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        for value in &self.x[1..SINK as usize] {
+        for value in self.x[1..SINK as usize].iter().chain(self.usable_floats()) {
             sum = (sum.rotate_left(5) ^ value).wrapping_mul(0x517c_c1b7_2722_0a95);
         }
+        sum ^= u64::from(self.fcsr);
         sum ^ sum >> 29
+    }
+
+    /// The floating-point registers, none while they are switched off: nothing reads
+    /// or writes them then, and most code that is checked runs so.
+    fn usable_floats(&self) -> &[u64] {
+        if self.mstatus & status::FS == 0 { &[] } else { &self.f }
     }
 }

@@ -114,7 +114,9 @@ pub fn build(spec: &MachineSpec, images: &Images) -> Result<Machine, LoadError> 
     hart.x[11] = fdt_at;
     hart.x[12] = info_at;
     let disks = images.drives.iter().map(|base| Disk::new(base.clone())).collect();
-    Ok(Machine::new(layout.ram, hart, spec.shift, disks))
+    let mut machine = Machine::new(layout.ram, hart, spec.shift, disks);
+    spec.devices.iter().for_each(|device| machine.plug(*device));
+    Ok(machine)
 }
 
 fn is_elf(bytes: &[u8]) -> bool {

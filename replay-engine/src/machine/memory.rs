@@ -157,6 +157,41 @@ impl Machine {
         Err(fault)
     }
 
+    /// Where a virtual address is in physical memory: as the hart would access it now, or
+    /// would with other rights, since a debugger is nobody. By the page table, also where the
+    /// TLB still has an older translation. Changes nothing.
+    pub fn peek_address(&self, va: u64) -> Option<u64> {
+        let is_bare = self.data_paging.is_none() && self.hart.mode == Mode::Machine;
+        if is_bare || self.hart.satp >> 60 == 0 {
+            return Some(va);
+        }
+        let ways = [
+            (Access::Load, Mode::Supervisor),
+            (Access::Load, Mode::User),
+            (Access::Fetch, Mode::Supervisor),
+            (Access::Fetch, Mode::User),
+        ];
+        ways.into_iter().find_map(|(access, mode)| {
+            let Leaf { entry, low, .. } = self.find_leaf(va, access, mode).ok()?;
+            Some((entry >> 10 & PPN | va >> 12 & low) << 12 | va & 0xfff)
+        })
+    }
+
+    /// Reads RAM at a virtual address; how many bytes could be read. Devices are not read,
+    /// since they could tell.
+    pub fn peek(&self, va: u64, out: &mut [u8]) -> usize {
+        let mut done = 0;
+        while done < out.len() {
+            let at = va.wrapping_add(done as u64);
+            let len = (out.len() - done).min(4096 - (at as usize & 0xfff));
+            let bytes = self.peek_address(at).and_then(|pa| self.ram.slice(pa.wrapping_sub(RAM_BASE), len));
+            let Some(bytes) = bytes else { break };
+            out[done..done + len].copy_from_slice(bytes);
+            done += len;
+        }
+        done
+    }
+
     /// The instruction bits at `pc`, without a trace in TLB or page table.
     pub(super) fn peek_bits(&self, pc: u64) -> Option<u32> {
         let half = |va: u64| {

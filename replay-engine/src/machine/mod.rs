@@ -1,9 +1,10 @@
-//! The built-in machine: one RV64IMAC hart on QEMU `virt`'s memory map.
+//! The built-in machine: one RV64GC hart with Zba, Zbb and Zbs on QEMU `virt`'s memory map.
 //!
 //! [`Machine::run`] executes guest code up to an icount and never past it. All
 //! that comes from outside the instruction stream goes through [`Outside`] or
 //! arrives between runs. Nothing here reads a clock, a file or a thread.
 
+mod bits;
 mod clint;
 mod code;
 mod csr;
@@ -13,22 +14,34 @@ pub mod disasm;
 mod disk;
 mod execute;
 pub mod fdt;
+pub mod float;
 pub mod hart;
 pub mod loader;
+pub mod lookout;
 mod memory;
+mod output;
 mod plic;
 pub mod ram;
 mod rtc;
+mod slots;
 mod uart;
+mod virtio;
 mod virtio_block;
+mod virtio_console;
+mod virtio_net;
+mod virtio_rng;
+mod virtqueue;
 
 pub use disk::Disk;
+pub(crate) use slots::Card;
+pub use virtio_net::FRAME_BYTES_MAX;
 
 use crate::timer::Timers;
 use clint::Clint;
 use code::CodeCache;
 use hart::Hart;
 use heddle_proto::ClockKind;
+use lookout::Lookout;
 use plic::Plic;
 use ram::Ram;
 use rtc::Rtc;
@@ -58,7 +71,7 @@ pub enum Exit {
     Work,
     /// The guest switched the machine off.
     Shutdown,
-    /// [`Outside::must_stop`].
+    /// [`Outside::must_stop`], or a debugger holds it.
     Stopped,
 }
 
@@ -84,13 +97,15 @@ impl VirtualClock {
     }
 }
 
-/// Deferred work of a device: look at disk `disk`'s queue.
+/// Deferred work of a virtio device: look at a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BottomHalf {
     /// Counts up from zero.
     pub id: u64,
-    /// The disk's slot.
-    pub disk: usize,
+    /// The device's slot.
+    pub slot: usize,
+    /// Which of its queues.
+    pub queue: u16,
 }
 
 /// A disk and its controller.
@@ -109,6 +124,7 @@ pub struct Machine {
     pub(crate) uart: Uart,
     pub(crate) rtc: Rtc,
     pub(crate) drives: Vec<Drive>,
+    pub(crate) cards: Vec<Card>,
     pub(crate) timers: Timers,
     pub(crate) clock: VirtualClock,
     pub(crate) bottom_halves: Vec<BottomHalf>,
@@ -119,11 +135,16 @@ pub struct Machine {
     pub(crate) shutdown: Option<u16>,
     /// Requests put in flight since they were last taken; not state.
     pub(crate) submitted: Vec<u64>,
-    /// Console bytes sent since they were last taken; not state.
+    /// Bytes that UART and virtio console have sent since they were last taken, in their
+    /// order; not state.
     pub(crate) console: Vec<u8>,
+    /// Frames sent since they were last taken; not state.
+    pub(crate) frames: Vec<Vec<u8>>,
     /// Registers folded before every instruction, when somebody looks for a
     /// difference that does not last; not state.
     pub(crate) trace: Option<u64>,
+    /// What a debugger looks for, while it does; not state.
+    pub(crate) lookout: Option<Box<Lookout>>,
     code: CodeCache,
     /// Look up before the next instruction: interrupts, or a reason to leave.
     attention: bool,
@@ -146,8 +167,9 @@ impl Machine {
             rtc: Rtc::default(),
             drives: disks
                 .into_iter()
-                .map(|disk| Drive { controller: VirtioBlock::default(), disk })
+                .map(|disk| Drive { controller: VirtioBlock::new(), disk })
                 .collect(),
+            cards: vec![],
             timers: Timers::default(),
             clock: VirtualClock { shift, bias: 0 },
             bottom_halves: vec![],
@@ -157,7 +179,9 @@ impl Machine {
             shutdown: None,
             submitted: vec![],
             console: vec![],
+            frames: vec![],
             trace: None,
+            lookout: None,
             code: CodeCache::new(pages),
             attention: true,
             work: false,
@@ -223,12 +247,13 @@ impl Machine {
             return Exit::Budget;
         }
         self.attention = true;
-        match self.trace {
-            None => self.run_loop::<false>(until, outside),
-            Some(_) => self.run_loop::<true>(until, outside),
+        match (&self.trace, &self.lookout) {
+            (None, None) => self.run_loop::<false>(until, outside),
+            _ => self.run_loop::<true>(until, outside),
         }
     }
 
+    /// `TRACE`: somebody wants to see every instruction before it runs.
     fn run_loop<const TRACE: bool>(&mut self, until: u64, outside: &mut dyn Outside) -> Exit {
         loop {
             // Before anything is attended to: what the last instruction made pending is
@@ -241,6 +266,9 @@ impl Machine {
             {
                 return exit;
             }
+            if TRACE && self.look_out() {
+                return Exit::Stopped;
+            }
             if TRACE && let Some(trace) = &mut self.trace {
                 *trace = (trace.rotate_left(1) ^ self.hart.quick_fold()).wrapping_mul(0x9e37_79b9_7f4a_7c15);
             }
@@ -250,6 +278,19 @@ impl Machine {
             }
             self.icount += 1;
         }
+    }
+
+    /// Shows the next instruction to the lookout; whether the run is held before it.
+    fn look_out(&mut self) -> bool {
+        let Some(lookout) = &self.lookout else { return false };
+        let bits = if lookout.reads_code() { self.peek_bits(self.hart.pc) } else { None };
+        let (icount, hart) = (self.icount, &self.hart);
+        self.lookout.as_mut().is_some_and(|lookout| lookout.look(icount, hart, bits))
+    }
+
+    /// Whether a lookout has ended the run before the instruction at pc.
+    pub(crate) fn is_held(&self) -> bool {
+        self.lookout.as_ref().is_some_and(|lookout| lookout.is_holding())
     }
 
     /// Wakes or takes an interrupt, or says why to leave the run.

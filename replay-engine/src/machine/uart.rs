@@ -1,5 +1,6 @@
 //! 16550 UART: the console. Sending takes no time, as with QEMU's.
 
+use super::output::Output;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 
@@ -13,7 +14,7 @@ const LSR_IDLE: u8 = 0x60;
 const IER_DATA: u8 = 1;
 const IER_SENT: u8 = 2;
 
-/// Registers, FIFO, and a fold of all that was sent.
+/// Registers, FIFO, and what was sent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Uart {
     ier: u8,
@@ -26,10 +27,8 @@ pub struct Uart {
     sent_pending: bool,
     fifo: VecDeque<u8>,
     backlog: VecDeque<u8>,
-    /// Bytes sent, folded: the output check.
-    pub sent_fold: u64,
-    /// Number of bytes sent.
-    pub sent_bytes: u64,
+    /// What was sent.
+    pub output: Output,
 }
 
 impl Uart {
@@ -45,8 +44,7 @@ impl Uart {
             sent_pending: false,
             fifo: VecDeque::new(),
             backlog: VecDeque::new(),
-            sent_fold: 0,
-            sent_bytes: 0,
+            output: Output::default(),
         }
     }
 
@@ -116,9 +114,7 @@ impl Uart {
             0 if divisor_on => self.divisor[0] = value,
             0 => {
                 self.sent_pending = true;
-                self.sent_bytes += 1;
-                self.sent_fold =
-                    (self.sent_fold.rotate_left(7) ^ u64::from(value)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                self.output.byte(value);
                 return Some(value);
             }
             1 if divisor_on => self.divisor[1] = value,

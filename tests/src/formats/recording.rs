@@ -9,7 +9,9 @@ use heddle_node::outbox::{Outbox, read_left_behind};
 use heddle_proto::chunk::{ChunkHeader, HEADER_BYTES, RAW_BYTES_MAX};
 use heddle_proto::compress::compress;
 use heddle_proto::event::{AsyncEvent, Body, CheckpointKind, ClockKind, Event, KINDS, Position, Role};
-use heddle_proto::manifest::{EmulatorSpec, MANIFEST_VERSION, Manifest, Positions};
+use heddle_proto::manifest::{
+    Device, EmulatorSpec, MANIFEST_VERSION, MANIFEST_VERSION_OLDEST, Manifest, Positions,
+};
 use heddle_proto::qemu::{QemuDisk, RoleSource};
 use heddle_proto::verdict::{Finding, Proof, Side, SideB, TaskResult};
 use heddle_proto::{
@@ -190,6 +192,7 @@ fn builtin() -> EmulatorSpec {
     let mut machine = guest::spec();
     machine.kernel = Some(image_of("loom.elf", guest::LOOM_ELF).0);
     machine.drives.clear();
+    machine.devices = vec![Device::Rng, Device::Net];
     EmulatorSpec::Builtin { machine: Box::new(machine), positions }
 }
 
@@ -210,7 +213,10 @@ fn qemu() -> EmulatorSpec {
 }
 
 pub(super) fn manifest_seeds() -> Vec<Vec<u8>> {
-    [builtin(), qemu()].map(|emulator| manifest(emulator).encode()).to_vec()
+    let older = Manifest { version: MANIFEST_VERSION_OLDEST, ..manifest(builtin()) };
+    let older = String::from_utf8(older.encode()).unwrap().replace(",\"devices\":[\"rng\",\"net\"]", "");
+    assert!(!older.contains("devices"), "an older manifest names none");
+    [manifest(builtin()).encode(), manifest(qemu()).encode(), older.into_bytes()].to_vec()
 }
 
 /// What a node reports, and what differs on a hunt's other side.

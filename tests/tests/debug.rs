@@ -1,0 +1,244 @@
+//! A real gdb on a recording of the built-in machine, forwards and backwards; states; parts.
+#![allow(clippy::unwrap_used)]
+
+use heddle_replay_engine::BUILTIN;
+use heddle_tests::{Processes, run};
+use serde_json::Value;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+
+const NAME: &str = "guest";
+/// Somewhere in the guest's first rounds, past its beginning.
+const AT: u64 = 30_000_123;
+
+/// A cluster that has recorded the bundled guest.
+async fn recorded() -> Processes {
+    let p = Processes::start(1, 10_000).await;
+    p.heddle(&["record", "builtin", "--name", NAME, "--snapshot-every", "20000000"]).await.expect(0);
+    p
+}
+
+/// `heddle debug`, which ends with it.
+struct Session {
+    child: Child,
+    said: Value,
+}
+
+impl Session {
+    fn start(p: &Processes, at: u64, more: &[&str]) -> Session {
+        let mut command = p.command();
+        command.args(["debug", NAME, "--at", &at.to_string(), "-o", "json"]).args(more);
+        let mut child = command.stdout(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut text = String::new();
+        while !text.trim_end().ends_with('}') {
+            text.push_str(&lines.next().expect("heddle debug says where it stands").unwrap());
+        }
+        Session { child, said: serde_json::from_str(&text).unwrap() }
+    }
+
+    /// What a gdb prints that is told to do this, one after the other.
+    async fn gdb(&self, steps: &[&str]) -> String {
+        let target = format!("target remote {}", self.said["socket"].as_str().unwrap());
+        let mut gdb = Command::new("gdb-multiarch");
+        gdb.args(["-batch", "-nx", "-ex", "set architecture riscv:rv64", "-ex", &target]);
+        for step in steps {
+            gdb.args(["-ex", step]);
+        }
+        gdb.args(["-ex", "detach"]);
+        let said = tokio::task::spawn_blocking(move || run(&mut gdb, b"")).await.unwrap();
+        format!("{}\n{}", said.out, said.err)
+    }
+
+    fn pc(&self) -> String {
+        format!("{:#x}", self.said["pc"].as_u64().unwrap())
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The values that gdb has printed by `p/x`.
+fn values(said: &str) -> Vec<&str> {
+    let printed = said.lines().filter(|line| line.starts_with('$'));
+    printed.filter_map(|line| line.split(" = ").nth(1)).collect()
+}
+
+/// What `monitor icount` has printed.
+fn icounts(said: &str) -> Vec<u64> {
+    said.lines().filter_map(|line| line.strip_prefix("icount ")?.parse().ok()).collect()
+}
+
+async fn state(p: &Processes, at: u64, more: &[&str]) -> Value {
+    let at = at.to_string();
+    p.heddle(&[&["state", NAME, "--at", &at, "-o", "json"], more].concat()).await.expect(0).json()
+}
+
+/// The value of a register of a state.
+fn register<'a>(state: &'a Value, group: &str, name: &str) -> &'a str {
+    let registers = state[group].as_array().unwrap();
+    let found = registers.iter().find(|register| register["name"] == name);
+    found.unwrap_or_else(|| panic!("no {name} in {state}"))["value"].as_str().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gdb_steps_forwards_and_back_to_where_it_was() {
+    let p = recorded().await;
+    let session = Session::start(&p, AT, &[]);
+    let said = session
+        .gdb(&[
+            "monitor icount",
+            "p/x $pc",
+            "p/x $sp",
+            "stepi",
+            "stepi",
+            "stepi",
+            "p/x $pc",
+            "monitor icount",
+            "reverse-stepi",
+            "reverse-stepi",
+            "reverse-stepi",
+            "p/x $pc",
+            "p/x $sp",
+            "monitor icount",
+            "x/4i $pc",
+            "info registers ra",
+        ])
+        .await;
+    assert_eq!(icounts(&said), [AT, AT + 3, AT], "{said}");
+    let values = values(&said);
+    assert_eq!(values.len(), 5, "{said}");
+    assert_eq!((values[0], values[1]), (values[3], values[4]), "{said}");
+    assert_eq!(values[0], session.pc(), "{said}");
+    assert_eq!(
+        said.lines().filter(|line| line.contains("0x8000") && line.contains(":\t")).count(),
+        4,
+        "{said}"
+    );
+    let state = state(&p, AT, &[]).await;
+    assert_eq!(register(&state, "registers", "sp"), values[1]);
+    let ra = register(&state, "registers", "ra");
+    assert!(said.lines().any(|line| line.starts_with("ra ") && line.contains(ra)), "{ra}: {said}");
+    // The next gdb finds the session where the last has left it, and can't change the replay.
+    let said = session
+        .gdb(&[
+            "monitor where",
+            "set var $a0 = 1",
+            "set var *(long*)0x80001000 = 1",
+            "stepi",
+            "monitor icount",
+        ])
+        .await;
+    assert!(said.contains(&format!("icount {AT}, event ")), "{said}");
+    assert!(said.contains("Cannot access memory at address 0x80001000"), "{said}");
+    assert_eq!(icounts(&said), [AT + 1], "{said}");
+    drop(session);
+    p.cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gdb_runs_to_breakpoints_and_back_through_the_same_ones() {
+    let p = recorded().await;
+    let trap_entry = register(&state(&p, AT, &[]).await, "csrs", "mtvec").to_string();
+    let session = Session::start(&p, AT, &["--listen", "127.0.0.1:0"]);
+    let stop = format!("break *{trap_entry}");
+    let said = session
+        .gdb(&[
+            &stop,
+            "continue",
+            "p/x $pc",
+            "monitor icount",
+            "continue",
+            "p/x $pc",
+            "monitor icount",
+            "reverse-continue",
+            "p/x $pc",
+            "monitor icount",
+            "delete",
+            "hbreak *0x80000000",
+            "reverse-continue",
+            "monitor icount",
+        ])
+        .await;
+    let at = icounts(&said);
+    assert_eq!(at.len(), 4, "{said}");
+    assert!(AT < at[0] && at[0] < at[1], "{said}");
+    assert_eq!((at[2], at[3]), (at[0], 0), "{said}");
+    assert!(values(&said).iter().all(|pc| *pc == trap_entry), "{said}");
+    // The handler makes room on the stack, then saves ra there: watched from both sides. gdb
+    // itself goes over an access in the way it goes.
+    let said = session
+        .gdb(&[
+            &stop,
+            "continue",
+            "monitor icount",
+            "delete",
+            "stepi",
+            "awatch -l *(unsigned long*)$sp",
+            "continue",
+            "monitor icount",
+            "reverse-continue",
+            "monitor icount",
+        ])
+        .await;
+    let at = icounts(&said);
+    assert_eq!(at[1..], [at[0] + 2, at[0] + 1], "{said}");
+    // The end, and the way back from it.
+    let end = p.row(NAME).await.unwrap().committed_icount;
+    let said = session
+        .gdb(&["continue", "monitor icount", "monitor where", "reverse-stepi", "monitor icount"])
+        .await;
+    assert_eq!(icounts(&said), [end, end - 1], "{said}");
+    assert!(said.contains("the guest ends here, with exit code 0"), "{said}");
+    drop(session);
+    p.cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_is_the_replays_and_a_part_is_judged_alone() {
+    let p = recorded().await;
+    let row = p.row(NAME).await.unwrap();
+    let end = row.committed_icount;
+    // The digest at a snapshot is the recorded one.
+    let snapshot = &row.snapshots[1];
+    let shown = state(&p, snapshot.icount, &["--memory", "0x80000000:32"]).await;
+    let digest: String = snapshot.digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(shown["digest"], digest.as_str());
+    assert_eq!(shown["event"], snapshot.event);
+    // The guest runs in machine mode: both kinds of address are the same there.
+    let same = state(&p, snapshot.icount, &["--memory", "0x80000000:32", "--virtual"]).await;
+    assert_eq!(same["memory"]["bytes"], shown["memory"]["bytes"]);
+    assert_eq!(shown["memory"]["bytes"].as_str().unwrap().len(), 64);
+    let table = p.heddle(&["state", NAME, "--at", "1000", "--memory", "0x80000000:16"]).await.expect(0).out;
+    assert!(table.contains("at icount 1,000, event ") && table.contains("mstatus"), "{table}");
+    assert!(table.contains("0000000080000000  "), "{table}");
+    for wrong in [["--memory", "0:16"], ["--memory", "0x80000000:0"]] {
+        p.heddle(&[&["state", NAME, "--at", "1000"], &wrong[..]].concat()).await.expect(2);
+    }
+    let past = (end + 1).to_string();
+    p.heddle(&["state", NAME, "--at", &past]).await.expect(2);
+
+    // A part, of which neither end is a snapshot.
+    let (from, to) = (AT.to_string(), (AT + 25_000_000).to_string());
+    let part = p.heddle(&["replay", NAME, "--from", &from, "--to", &to, "-o", "json"]).await.expect(0).json();
+    assert_eq!(part["verdict"], "match");
+    assert_eq!((part["instructions"].as_u64(), part["proof"].as_str()), (Some(25_000_000), Some("spans")));
+    assert_eq!(part["spans"][0]["from"].as_u64(), Some(AT));
+    assert_eq!(part["spans"][0]["to"].as_u64(), Some(AT + 25_000_000));
+    assert_eq!(part["digest"], state(&p, AT + 25_000_000, &[]).await["digest"]);
+    let rest = p.heddle(&["replay", NAME, "--from", &from, "-o", "json"]).await.expect(0).json();
+    let whole = p.heddle(&["replay", NAME, "-o", "json"]).await.expect(0).json();
+    assert_eq!(rest["digest"], whole["digest"]);
+    assert_eq!(rest["instructions"].as_u64(), Some(end - AT));
+    // Another build, in whose part nothing differs, and one with the fault in it.
+    let late = format!("{BUILTIN}+flip:{}:x2:4", AT + 40_000_000);
+    let within = ["replay", NAME, "--from", &from, "--to", &to, "--against", &late];
+    p.heddle(&within).await.expect(0);
+    p.heddle(&["replay", NAME, "--from", &from, "--against", &late]).await.expect(3);
+    p.heddle(&["replay", NAME, "--from", &to, "--to", &from]).await.expect(2);
+    p.cluster.stop().await;
+}
