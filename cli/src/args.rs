@@ -1,8 +1,10 @@
 //! The command line.
 
 mod replays;
+mod run;
 
 pub use replays::{Debug, Hunt, Index, MemoryRange, Replay, State};
+pub use run::Run;
 
 use crate::local::DEFAULT_SHARDS;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
@@ -61,6 +63,8 @@ pub enum Command {
     /// Record a guest.
     #[command(subcommand)]
     Record(Record),
+    /// Run a bare-metal ELF on the built-in RISC-V machine, without a recording or a cluster.
+    Run(Run),
     /// List recordings, jobs, nodes or replicas.
     Get(Get),
     /// Say all about one recording, job, node or replica.

@@ -149,6 +149,8 @@ static u64 pages[3][512] __attribute__((aligned(4096)));
 
 static void paging_init(void) {
     u64 va = 0x40000000UL;
+    csr_write(pmpaddr0, ~0UL); /* S-mode may access all */
+    csr_write(pmpcfg0, 0x1f);
     root[va >> 30 & 511] = (u64)middle >> 12 << 10 | 1;
     middle[va >> 21 & 511] = (u64)leaf >> 12 << 10 | 1;
     csr_write(satp, 8UL << 60 | (u64)root >> 12);

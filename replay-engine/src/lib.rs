@@ -6,6 +6,7 @@
 //! the world decides, [`replay`] when the log does.
 #![forbid(unsafe_code)]
 
+pub mod bare;
 pub mod builds;
 pub mod checks;
 pub mod debugger;

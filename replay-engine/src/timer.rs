@@ -18,6 +18,8 @@ pub enum TimerClock {
 pub enum TimerId {
     /// The CLINT's compare register of the hart.
     Clint,
+    /// The hart's own, `stimecmp`.
+    Supervisor,
     /// The goldfish RTC's alarm.
     RtcAlarm,
     /// The warp timer: wakes the vCPU when idle time is over.

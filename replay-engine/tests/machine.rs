@@ -3,8 +3,16 @@
 
 #[path = "machine/bits.rs"]
 mod bits;
+#[path = "machine/csrs.rs"]
+mod csrs;
 #[path = "machine/float.rs"]
 mod float;
+#[path = "machine/paging.rs"]
+mod paging;
+#[path = "machine/pmp.rs"]
+mod pmp;
+#[path = "machine/sstc.rs"]
+mod sstc;
 
 use heddle_proto::ClockKind;
 use heddle_proto::manifest::{MachineSpec, Sleep};
@@ -28,13 +36,15 @@ impl Outside for Nobody {
 
 const RAM_BYTES: usize = 2 << 20;
 
-/// A machine about to execute `code`, with these registers.
+/// A machine about to execute `code`, with these registers; no mode is denied any memory.
 fn machine(code: &[u32], registers: &[(usize, u64)]) -> Machine {
     let mut ram = Ram::new(RAM_BYTES);
     let bytes: Vec<u8> = code.iter().flat_map(|word| word.to_le_bytes()).collect();
     ram.write(0, &bytes).unwrap();
     let mut hart = Hart::new(RAM_BASE);
     hart.mtvec = RAM_BASE + 0x10_0000;
+    hart.pmp.set_address(15, u64::MAX);
+    hart.pmp.set_configs(8, 0x1f << 56);
     for (register, value) in registers {
         hart.x[*register] = *value;
     }
@@ -44,6 +54,12 @@ fn machine(code: &[u32], registers: &[(usize, u64)]) -> Machine {
 fn run(machine: &mut Machine, instructions: u64) -> Exit {
     let until = machine.icount() + instructions;
     machine.run(until, &mut Nobody)
+}
+
+/// One instruction, whatever has to be looked at before it.
+fn step(machine: &mut Machine) {
+    let until = machine.icount() + 1;
+    while machine.run(until, &mut Nobody) == Exit::Work {}
 }
 
 fn r(f7: u32, f3: u32, opcode: u32) -> u32 {

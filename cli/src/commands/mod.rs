@@ -16,6 +16,7 @@ pub mod recordings;
 pub mod replay;
 pub mod replay_range;
 pub mod replica;
+pub mod run;
 pub mod state;
 pub mod transfer;
 
@@ -40,6 +41,7 @@ pub async fn run(args: Args) -> Result<u8> {
         Command::Up(command) => return up(command).await,
         Command::Serve(command) => return serve::run(command).await.map(|()| OK),
         Command::Doctor(command) => return doctor::run(command, format).await,
+        Command::Run(command) => return run::run(command).await,
         Command::Bench(Bench::Qemu(command)) => return bench::qemu::qemu(command, format).await,
         Command::Bench(Bench::Store(command)) => return bench::store::store(command, format).await,
         Command::Certificate(command) => return certificates::run(&command).map(|()| OK),
@@ -72,6 +74,7 @@ pub async fn run(args: Args) -> Result<u8> {
         | Command::Up(_)
         | Command::Serve(_)
         | Command::Doctor(_)
+        | Command::Run(_)
         | Command::Bench(_)
         | Command::Certificate(_)
         | Command::Completions { .. } => Ok(OK),

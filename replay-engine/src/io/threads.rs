@@ -133,7 +133,10 @@ impl State {
     /// Hands on what the last step produced.
     fn deliver(&mut self) {
         let events = self.emulator.take_events();
-        let console = self.emulator.machine_mut().take_console();
+        let mut console = self.emulator.machine_mut().take_console();
+        if let Some(complaint) = self.emulator.machine_mut().take_complaint() {
+            console.extend(format!("\nheddle: {complaint}\n").bytes());
+        }
         let frames = self.emulator.machine_mut().take_frames();
         let snapshots = self.emulator.take_snapshots();
         self.submitted.append(&mut self.emulator.machine_mut().take_submitted());

@@ -1,6 +1,6 @@
 //! Control and status registers.
 
-use super::hart::{Mode, irq, status};
+use super::hart::{Hart, Mode, envcfg, inhibit, irq, status};
 use super::{Machine, clint};
 
 /// RV64GC (ACDFIM) with S and U.
@@ -11,6 +11,8 @@ const SATP_SV39: u64 = 8;
 /// `fcsr`'s lower part; `frm` is the rest.
 const FFLAGS: u8 = 0x1f;
 const FRM_SHIFT: u32 = 5;
+/// TM of `mcounteren`.
+const TIME: u64 = 1 << 1;
 
 impl Machine {
     /// Reads a CSR; `None` is an illegal instruction.
@@ -28,11 +30,14 @@ impl Machine {
             0x104 => h.mie & h.mideleg,
             0x105 => h.stvec,
             0x106 => h.scounteren,
+            0x10a => h.senvcfg,
             0x140 => h.sscratch,
             0x141 => h.sepc,
             0x142 => h.scause,
             0x143 => h.stval,
             0x144 => h.mip() & h.mideleg,
+            0x14d if !may_compare(h) => return None,
+            0x14d => h.stimecmp,
             0x180 if self.satp_is_trapped() => return None,
             0x180 => h.satp,
             0x300 => h.status(),
@@ -42,14 +47,18 @@ impl Machine {
             0x304 => h.mie,
             0x305 => h.mtvec,
             0x306 => h.mcounteren,
-            0x320 | 0x323..=0x33f => 0,
+            0x30a => h.menvcfg,
+            0x320 => h.mcountinhibit,
+            0x323..=0x33f => 0,
             0x340 => h.mscratch,
             0x341 => h.mepc,
             0x342 => h.mcause,
             0x343 => h.mtval,
             0x344 => h.mip(),
-            0xb00 => self.icount.wrapping_add(h.cycle_offset),
-            0xb02 => self.icount.wrapping_add(h.instret_offset),
+            0x3a0 | 0x3a2 => h.pmp.configs((csr & 3) as usize * 4),
+            0x3b0..=0x3bf => h.pmp.address((csr & 15) as usize),
+            0xb00 => h.cycle(self.icount),
+            0xb02 => h.instret(self.icount),
             0xb03 => h.kicks,
             0xb04..=0xb1f => 0,
             0xc00..=0xc1f => return self.user_counter(csr),
@@ -67,9 +76,9 @@ impl Machine {
             return None;
         }
         Some(match csr {
-            0xc00 => self.icount.wrapping_add(h.cycle_offset),
+            0xc00 => h.cycle(self.icount),
             0xc01 => (self.virtual_now() / clint::TICK_NS) as u64,
-            0xc02 => self.icount.wrapping_add(h.instret_offset),
+            0xc02 => h.instret(self.icount),
             0xc03 => h.kicks,
             _ => 0,
         })
@@ -95,27 +104,50 @@ impl Machine {
             0x104 => h.mie = masked(h.mie, h.mideleg),
             0x105 => h.stvec = value & !2,
             0x106 => h.scounteren = value & 0xffff_ffff,
+            0x10a => h.senvcfg = value & envcfg::FIOM,
             0x140 => h.sscratch = value,
             0x141 => h.sepc = value & !1,
             0x142 => h.scause = value,
             0x143 => h.stval = value,
             0x144 => h.mip_soft = masked(h.mip_soft, h.mideleg & irq::SSI),
+            0x14d if !may_compare(h) => return None,
+            0x14d => {
+                h.stimecmp = value;
+                self.follow_stimecmp();
+            }
             0x180 => self.write_satp(value)?,
             0x300 => self.write_mstatus(value),
-            0x301 | 0x320 | 0x323..=0x33f | 0xb03..=0xb1f => {}
+            0x301 | 0x323..=0x33f | 0xb03..=0xb1f => {}
             0x302 => h.medeleg = value & MEDELEG,
             0x303 => h.mideleg = value & irq::SUPERVISOR,
             0x304 => h.mie = value & irq::ALL,
             0x305 => h.mtvec = value & !2,
             0x306 => h.mcounteren = value & 0xffff_ffff,
+            0x30a => {
+                h.menvcfg = value & (envcfg::FIOM | envcfg::STCE);
+                self.follow_stimecmp();
+            }
+            // As if behind this instruction: the next one reads what is written to a counter,
+            // or where it stopped.
+            0x320 => h.inhibit_counters(value, icount + 1),
             0x340 => h.mscratch = value,
             0x341 => h.mepc = value & !1,
             0x342 => h.mcause = value,
             0x343 => h.mtval = value,
+            0x344 if h.menvcfg & envcfg::STCE != 0 => {
+                h.mip_soft = masked(h.mip_soft, irq::SUPERVISOR & !irq::STI);
+            }
             0x344 => h.mip_soft = value & irq::SUPERVISOR,
-            // The write takes effect before this instruction is counted.
-            0xb00 => h.cycle_offset = value.wrapping_sub(icount + 1),
-            0xb02 => h.instret_offset = value.wrapping_sub(icount + 1),
+            0x3a0 | 0x3a2 => {
+                h.pmp.set_configs((csr & 3) as usize * 4, value);
+                self.follow_pmp();
+            }
+            0x3b0..=0x3bf => {
+                h.pmp.set_address((csr & 15) as usize, value);
+                self.follow_pmp();
+            }
+            0xb00 => h.cycle_offset = value.wrapping_sub(h.counted(inhibit::CY, icount + 1)),
+            0xb02 => h.instret_offset = value.wrapping_sub(h.counted(inhibit::IR, icount + 1)),
             _ => return None,
         }
         self.update_paging();
@@ -170,4 +202,9 @@ impl Machine {
         }
         Some(())
     }
+}
+
+/// Whether `stimecmp` is there for this mode.
+fn may_compare(hart: &Hart) -> bool {
+    hart.mode == Mode::Machine || (hart.mcounteren & TIME != 0 && hart.menvcfg & envcfg::STCE != 0)
 }

@@ -3,7 +3,7 @@
 //! The memory map is QEMU `virt`'s.
 
 use super::clint::{ClintWrite, TICK_NS};
-use super::hart::{Trap, irq};
+use super::hart::{Trap, envcfg, irq};
 use super::memory::Access;
 use super::rtc::{Rtc, RtcWrite};
 use super::{Machine, Outside};
@@ -102,7 +102,10 @@ impl Machine {
                 self.shutdown = match value & 0xffff {
                     0x5555 => Some(0),
                     0x3333 => Some((value >> 16) as u16),
-                    0x7777 => Some(RESET_CODE),
+                    0x7777 => {
+                        self.wants_reset = true;
+                        Some(RESET_CODE)
+                    }
                     _ => None,
                 };
                 self.attention = true;
@@ -120,19 +123,33 @@ impl Machine {
     fn store_clint(&mut self, offset: u64, size: usize, value: u64) -> Option<()> {
         match self.clint.store(offset, size, value)? {
             ClintWrite::Compare => {
-                let due = self.clint.mtimecmp.saturating_mul(TICK_NS as u64).min(i64::MAX as u64);
-                self.clint.timer_line = self.virtual_now() as u64 >= due;
-                if self.clint.timer_line || due == i64::MAX as u64 {
-                    self.timers.disarm(TimerClock::Virtual, TimerId::Clint);
-                } else {
-                    self.timers.arm(TimerClock::Virtual, TimerId::Clint, due as i64);
-                }
-                self.leave_for_work();
+                self.clint.timer_line = self.set_timer(TimerId::Clint, self.clint.mtimecmp);
             }
             ClintWrite::Software | ClintWrite::Ignored => {}
         }
         self.update_lines();
         Some(())
+    }
+
+    /// `stimecmp`, or whether it drives STIP, was written.
+    pub(super) fn follow_stimecmp(&mut self) {
+        let is_on = self.hart.menvcfg & envcfg::STCE != 0;
+        let compare = if is_on { self.hart.stimecmp } else { u64::MAX };
+        self.hart.stimecmp_passed = self.set_timer(TimerId::Supervisor, compare);
+        self.update_lines();
+    }
+
+    /// Whether time has come to tick `compare`; until then a timer is armed for it.
+    fn set_timer(&mut self, id: TimerId, compare: u64) -> bool {
+        let due = compare.saturating_mul(TICK_NS as u64).min(i64::MAX as u64);
+        let has_come = self.virtual_now() as u64 >= due;
+        if has_come || due == i64::MAX as u64 {
+            self.timers.disarm(TimerClock::Virtual, id);
+        } else {
+            self.timers.arm(TimerClock::Virtual, id, due as i64);
+        }
+        self.leave_for_work();
+        has_come
     }
 
     fn store_rtc(&mut self, offset: u64, value: u32) {
@@ -158,7 +175,8 @@ impl Machine {
     pub(super) fn device_lines(&self) -> u64 {
         let software = if self.clint.msip != 0 { irq::MSI } else { 0 };
         let timer = if self.clint.timer_line { irq::MTI } else { 0 };
-        software | timer | self.plic.lines()
+        let supervisor = if self.hart.stimecmp_passed { irq::STI } else { 0 };
+        software | timer | supervisor | self.plic.lines()
     }
 
     /// Carries device lines to the hart. What this does depends on the thread:
@@ -223,8 +241,10 @@ impl Machine {
     pub fn run_virtual_timers(&mut self) {
         let now = self.virtual_now();
         while let Some(id) = self.timers.take_expired(TimerClock::Virtual, now) {
-            if id == TimerId::Clint {
-                self.clint.timer_line = true;
+            match id {
+                TimerId::Clint => self.clint.timer_line = true,
+                TimerId::Supervisor => self.hart.stimecmp_passed = true,
+                TimerId::RtcAlarm | TimerId::Warp => {}
             }
         }
         self.update_lines();

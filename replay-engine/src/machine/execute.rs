@@ -27,6 +27,11 @@ impl Machine {
     fn fetch_slow(&mut self, pc: u64) -> Result<Op, Trap> {
         let ppn = self.fetch_ppn(pc)?;
         let op = decode(self.fetch_bits(pc)?);
+        if self.hart.fetch_page.is_none() {
+            // Only the instruction is known to be executable, not its page.
+            self.code.leave();
+            return Ok(op);
+        }
         let ram_page = (ppn << 12).wrapping_sub(RAM_BASE) >> 12;
         self.code.enter(pc >> 12, ram_page as u32);
         // One that crosses into the next page depends on that page's mapping too.
@@ -164,7 +169,11 @@ impl Machine {
                 self.attention = true;
             }
             SfenceVma if self.may(status::TVM) => {
-                self.hart.flush_tlb();
+                // For whichever address space: TLB entries name none.
+                match op.rs1 {
+                    0 => self.hart.flush_tlb(),
+                    register => self.hart.flush_page(self.x(register)),
+                }
                 self.update_paging();
             }
             _ => return Err(self.illegal(pc)),
@@ -222,7 +231,7 @@ impl Machine {
         if va % size != 0 {
             return Err(access.misaligned(va));
         }
-        let at = self.translate(va, access)?.wrapping_sub(RAM_BASE);
+        let at = self.translate(va, access, size)?.wrapping_sub(RAM_BASE);
         let read = |machine: &Machine| match size {
             4 => machine.ram.load::<4>(at).map(|v| v as i32 as u64),
             _ => machine.ram.load::<8>(at),
@@ -255,7 +264,7 @@ impl Machine {
             return Err(Access::Store.misaligned(va));
         }
         // Both rights are those of a store: a page that can't be written faults as one.
-        self.translate(va, Access::Store)?;
+        self.translate(va, Access::Store, N as u64)?;
         let raw = self.load::<N>(va, outside).map_err(|_| Access::Store.access_fault(va))?;
         let (old, value) = if N == 4 {
             (raw as i32 as i64, self.x(op.rs2) as i32 as i64)

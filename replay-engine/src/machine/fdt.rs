@@ -9,6 +9,11 @@ const CPU_INTC_PHANDLE: u32 = 2;
 const TEST_PHANDLE: u32 = 3;
 /// CLINT ticks a second.
 const TIMEBASE_HZ: u32 = 10_000_000;
+/// The instruction set: its base, the extensions that have a letter, and the others in their
+/// canonical order.
+const BASE: &str = "rv64i";
+const LETTERS: [&str; 5] = ["m", "a", "f", "d", "c"];
+const EXTENSIONS: [&str; 7] = ["zicntr", "zicsr", "zifencei", "zba", "zbb", "zbs", "sstc"];
 
 /// The blob for a machine of `memory_bytes`, with an initrd at `initrd` (from, to).
 pub fn build(memory_bytes: u64, append: &str, initrd: Option<(u64, u64)>) -> Result<Vec<u8>, Error> {
@@ -50,7 +55,12 @@ fn cpus(fdt: &mut FdtWriter) -> Result<(), Error> {
     fdt.property_u32("reg", 0)?;
     fdt.property_string("status", "okay")?;
     fdt.property_string("compatible", "riscv")?;
-    fdt.property_string("riscv,isa", "rv64imafdc_zicntr_zicsr_zifencei_zba_zbb_zbs")?;
+    fdt.property_string("riscv,isa", &format!("{BASE}{}_{}", LETTERS.concat(), EXTENSIONS.join("_")))?;
+    // The same once more, as newer kernels read it.
+    fdt.property_string("riscv,isa-base", BASE)?;
+    let extensions =
+        ["i"].iter().chain(&LETTERS).chain(&EXTENSIONS).map(|name| String::from(*name)).collect();
+    fdt.property_string_list("riscv,isa-extensions", extensions)?;
     fdt.property_string("mmu-type", "riscv,sv39")?;
     let intc = fdt.begin_node("interrupt-controller")?;
     fdt.property_u32("#interrupt-cells", 1)?;

@@ -1,6 +1,7 @@
 //! A hart's architectural state: registers, CSRs, TLB, reservation.
 
 use super::decode::SINK;
+use super::pmp::Pmp;
 use serde::{Deserialize, Serialize};
 
 /// Privilege modes by their encoding.
@@ -62,6 +63,22 @@ pub mod status {
     pub const SSTATUS: u64 = SIE | SPIE | SPP | FS | SUM | MXR | 3 << 32;
 }
 
+/// Bits of `menvcfg` and `senvcfg`; the extensions that have the others are not there.
+#[allow(missing_docs)]
+pub mod envcfg {
+    /// Fences of devices order memory too, which here they always do.
+    pub const FIOM: u64 = 1;
+    /// `stimecmp` drives STIP.
+    pub const STCE: u64 = 1 << 63;
+}
+
+/// Bits of `mcountinhibit`.
+#[allow(missing_docs)]
+pub mod inhibit {
+    pub const CY: u64 = 1;
+    pub const IR: u64 = 1 << 2;
+}
+
 /// An exception: what `*cause` and `*tval` will hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Trap {
@@ -81,13 +98,15 @@ pub struct TlbEntry {
     pub vpn: u64,
     /// Physical page number.
     pub ppn: u64,
-    /// R 2, W 4, X 8, U 16 as in a PTE; W only once D is set.
+    /// R 2, W 4, X 8, U 16 as in a PTE; W only once D is set, and none that PMP denies.
     pub permissions: u8,
+    /// Of the leaf entry it was made from: 0 for a page of 4 KiB, 1 for 2 MiB, 2 for 1 GiB.
+    pub level: u8,
 }
 
 impl TlbEntry {
     /// No translation.
-    pub const EMPTY: TlbEntry = TlbEntry { vpn: u64::MAX, ppn: 0, permissions: 0 };
+    pub const EMPTY: TlbEntry = TlbEntry { vpn: u64::MAX, ppn: 0, permissions: 0, level: 0 };
 }
 
 /// The hart. Everything in here is state; nothing is a cache that may be dropped.
@@ -109,7 +128,7 @@ pub struct Hart {
     pub mie: u64,
     /// SSIP, STIP and SEIP as software wrote them.
     pub mip_soft: u64,
-    /// MSIP, MTIP, MEIP and SEIP as the devices drive them.
+    /// MSIP, MTIP, MEIP and SEIP as the devices drive them, and STIP as `stimecmp` does.
     pub lines: u64,
     pub medeleg: u64,
     pub mideleg: u64,
@@ -119,14 +138,21 @@ pub struct Hart {
     pub mtval: u64,
     pub mscratch: u64,
     pub mcounteren: u64,
+    pub mcountinhibit: u64,
+    pub menvcfg: u64,
+    pub pmp: Pmp,
     pub stvec: u64,
     pub sepc: u64,
     pub scause: u64,
     pub stval: u64,
     pub sscratch: u64,
     pub scounteren: u64,
+    pub senvcfg: u64,
     pub satp: u64,
-    /// Added to icount by `mcycle` and `minstret`.
+    pub stimecmp: u64,
+    /// `menvcfg.STCE` is set, and virtual time has come to `stimecmp`.
+    pub stimecmp_passed: bool,
+    /// Added to icount by `mcycle` and `minstret`; all they have while they are inhibited.
     pub cycle_offset: u64,
     pub instret_offset: u64,
     /// Waits in WFI.
@@ -165,13 +191,19 @@ impl Hart {
             mtval: 0,
             mscratch: 0,
             mcounteren: 0,
+            mcountinhibit: 0,
+            menvcfg: 0,
+            pmp: Pmp::default(),
             stvec: 0,
             sepc: 0,
             scause: 0,
             stval: 0,
             sscratch: 0,
             scounteren: 0,
+            senvcfg: 0,
             satp: 0,
+            stimecmp: u64::MAX,
+            stimecmp_passed: false,
             cycle_offset: 0,
             instret_offset: 0,
             is_idle: false,
@@ -190,7 +222,34 @@ impl Hart {
 
     /// `mip` as the guest reads it.
     pub fn mip(&self) -> u64 {
-        self.mip_soft | self.lines
+        let mut soft = self.mip_soft;
+        if self.menvcfg & envcfg::STCE != 0 {
+            soft &= !irq::STI;
+        }
+        soft | self.lines
+    }
+
+    /// `mcycle`, read by the instruction at `icount`.
+    pub fn cycle(&self, icount: u64) -> u64 {
+        self.counted(inhibit::CY, icount).wrapping_add(self.cycle_offset)
+    }
+
+    /// `minstret`, read by the instruction at `icount`.
+    pub fn instret(&self, icount: u64) -> u64 {
+        self.counted(inhibit::IR, icount).wrapping_add(self.instret_offset)
+    }
+
+    /// What counts of `icount` in a counter by its bit of `mcountinhibit`.
+    pub(super) fn counted(&self, bit: u64, icount: u64) -> u64 {
+        if self.mcountinhibit & bit == 0 { icount } else { 0 }
+    }
+
+    /// Writes `mcountinhibit`; the counters go on from, or stay at, what they are at `icount`.
+    pub(super) fn inhibit_counters(&mut self, value: u64, icount: u64) {
+        let (cycle, instret) = (self.cycle(icount), self.instret(icount));
+        self.mcountinhibit = value & (inhibit::CY | inhibit::IR);
+        self.cycle_offset = cycle.wrapping_sub(self.counted(inhibit::CY, icount));
+        self.instret_offset = instret.wrapping_sub(self.counted(inhibit::IR, icount));
     }
 
     /// Whether WFI ends: an enabled interrupt is pending, even if masked globally.
@@ -275,10 +334,21 @@ impl Hart {
         self.fetch_page = None;
     }
 
-    /// Forgets all translations. An addressed `sfence.vma` does the same: a large
-    /// page has many entries here, and all of them would have to go.
+    /// Forgets all translations.
     pub fn flush_tlb(&mut self) {
         self.tlb.fill(TlbEntry::EMPTY);
+        self.fetch_page = None;
+    }
+
+    /// Forgets the translations of the page that `va` lies in: a large one has many here.
+    pub fn flush_page(&mut self, va: u64) {
+        let vpn = va >> 12;
+        for entry in &mut self.tlb {
+            let differs = (entry.vpn ^ vpn).checked_shr(9 * u32::from(entry.level));
+            if differs == Some(0) {
+                *entry = TlbEntry::EMPTY;
+            }
+        }
         self.fetch_page = None;
     }
 

@@ -10,6 +10,8 @@
 use super::hart::Hart;
 use super::ram::Ram;
 use super::{Disk, Machine, RAM_BASE, fdt};
+use elf::segment::ProgramHeader;
+use elf::symbol::Symbol;
 use elf::{ElfBytes, abi, endian::LittleEndian};
 use heddle_proto::manifest::MachineSpec;
 use std::sync::Arc;
@@ -116,7 +118,26 @@ pub fn build(spec: &MachineSpec, images: &Images) -> Result<Machine, LoadError> 
     let disks = images.drives.iter().map(|base| Disk::new(base.clone())).collect();
     let mut machine = Machine::new(layout.ram, hart, spec.shift, disks);
     spec.devices.iter().for_each(|device| machine.plug(*device));
+    if let (None, Some(kernel)) = (&images.bios, &images.kernel)
+        && let Some(tohost) = symbol(kernel, "tohost")
+    {
+        machine.watch_tohost(tohost, symbol(kernel, "fromhost"));
+    }
     Ok(machine)
+}
+
+/// The physical address of an ELF's symbol; none where the file has none, or a damaged table.
+fn symbol(bytes: &[u8], name: &str) -> Option<u64> {
+    let file = ElfBytes::<LittleEndian>::minimal_parse(bytes).ok()?;
+    let (symbols, names) = file.symbol_table().ok()??;
+    let is_it = |symbol: &Symbol| {
+        symbol.st_shndx != abi::SHN_UNDEF
+            && names.get(symbol.st_name as usize).is_ok_and(|found| found == name)
+    };
+    let at = symbols.iter().find(is_it)?.st_value;
+    let holds = |s: &ProgramHeader| s.p_type == abi::PT_LOAD && at.wrapping_sub(s.p_vaddr) < s.p_memsz;
+    let segment = file.segments()?.iter().find(holds)?;
+    Some(segment.p_paddr.wrapping_add(at.wrapping_sub(segment.p_vaddr)))
 }
 
 fn is_elf(bytes: &[u8]) -> bool {
@@ -142,8 +163,12 @@ impl Layout {
     fn place_elf(&mut self, what: &'static str, bytes: &[u8]) -> Result<(u64, u64), LoadError> {
         let bad = |why: String| LoadError::Elf { what, why };
         let file = ElfBytes::<LittleEndian>::minimal_parse(bytes).map_err(|e| bad(e.to_string()))?;
-        if file.ehdr.e_machine != abi::EM_RISCV || file.ehdr.class != elf::file::Class::ELF64 {
-            return Err(bad(format!("machine {}", file.ehdr.e_machine)));
+        if file.ehdr.class != elf::file::Class::ELF64 {
+            return Err(bad("its class, at offset 4, is 32-bit".into()));
+        }
+        if file.ehdr.e_machine != abi::EM_RISCV {
+            let (found, wanted) = (file.ehdr.e_machine, abi::EM_RISCV);
+            return Err(bad(format!("its machine, at offset 18, is {found}; RISC-V is {wanted}")));
         }
         let segments = file.segments().ok_or_else(|| bad("no program headers".into()))?;
         let mut top = 0;

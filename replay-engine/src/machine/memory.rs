@@ -1,6 +1,10 @@
-//! Memory accesses: Sv39 translation through the TLB, then RAM or a device.
+//! Memory accesses: Sv39 translation and PMP through the TLB, then RAM or a device.
+//!
+//! The TLB has what translation and PMP together allow S and U in a whole page, also while
+//! nothing is translated. A page that a PMP border cuts is not in it: each access is checked.
 
 use super::hart::{Mode, TLB_ENTRIES, TlbEntry, Trap, status};
+use super::pmp::Regions;
 use super::{Machine, Outside, RAM_BASE};
 
 /// PTE bits.
@@ -24,6 +28,7 @@ struct Leaf {
     at: u64,
     entry: u64,
     low: u64,
+    level: u8,
 }
 
 /// What an access is for.
@@ -38,6 +43,15 @@ impl Access {
     fn page_fault(self, va: u64) -> Trap {
         Trap { cause: [12, 13, 15][self as usize], tval: va }
     }
+    /// Its right in a PTE or a PMP entry.
+    #[inline(always)]
+    fn right(self) -> u64 {
+        match self {
+            Access::Fetch => pte::X,
+            Access::Load => pte::R,
+            Access::Store => pte::W,
+        }
+    }
     pub(super) fn access_fault(self, va: u64) -> Trap {
         Trap { cause: [1, 5, 7][self as usize], tval: va }
     }
@@ -49,53 +63,70 @@ impl Access {
 impl Machine {
     /// Follows `mstatus`, `satp` and the mode: under whose rights data is accessed.
     pub(super) fn update_paging(&mut self) {
-        let hart = &self.hart;
-        let mode = if hart.mstatus & status::MPRV != 0 {
-            Mode::from_bits(hart.mstatus >> status::MPP_SHIFT)
-        } else {
-            hart.mode
-        };
-        let is_bare = mode == Mode::Machine || hart.satp >> 60 == 0;
-        self.data_paging = (!is_bare).then_some(mode);
-        if hart.fetch_page.is_none() {
+        let mode = self.data_mode();
+        let is_free = mode == Mode::Machine && !self.regions.deny_machine();
+        self.data_paging = (!is_free).then_some(mode);
+        if self.hart.fetch_page.is_none() {
             self.code.leave();
         }
         self.attention = true;
     }
 
-    #[inline(always)]
-    pub(super) fn translate(&mut self, va: u64, access: Access) -> Result<u64, Trap> {
-        match self.data_paging {
-            None => Ok(va),
-            Some(mode) => self.translate_paged(va, access, mode),
+    /// Follows the PMP entries, which the TLB's rights are made from.
+    pub(super) fn follow_pmp(&mut self) {
+        self.regions = Regions::of(&self.hart.pmp);
+        self.hart.flush_tlb();
+        self.update_paging();
+    }
+
+    /// Under whose rights data is accessed.
+    fn data_mode(&self) -> Mode {
+        let hart = &self.hart;
+        if hart.mstatus & status::MPRV != 0 {
+            Mode::from_bits(hart.mstatus >> status::MPP_SHIFT)
+        } else {
+            hart.mode
         }
     }
 
-    fn translate_fetch(&mut self, va: u64) -> Result<u64, Trap> {
-        if self.hart.mode == Mode::Machine || self.hart.satp >> 60 == 0 {
-            return Ok(va);
+    /// Whether a mode's addresses are physical ones.
+    fn is_bare(&self, mode: Mode) -> bool {
+        mode == Mode::Machine || self.hart.satp >> 60 == 0
+    }
+
+    /// Where an access of `len` bytes, which lie in one page, goes.
+    #[inline(always)]
+    pub(super) fn translate(&mut self, va: u64, access: Access, len: u64) -> Result<u64, Trap> {
+        match self.data_paging {
+            None => Ok(va),
+            Some(Mode::Machine) => self.walk(va, access, len, Mode::Machine),
+            Some(mode) => self.translate_paged(va, access, len, mode),
         }
-        self.translate_paged(va, Access::Fetch, self.hart.mode)
+    }
+
+    /// Where the two bytes of an instruction at `va` are.
+    fn translate_fetch(&mut self, va: u64) -> Result<u64, Trap> {
+        match self.hart.mode {
+            Mode::Machine if !self.regions.deny_machine() => Ok(va),
+            Mode::Machine => self.walk(va, Access::Fetch, 2, Mode::Machine),
+            mode => self.translate_paged(va, Access::Fetch, 2, mode),
+        }
     }
 
     #[inline]
-    fn translate_paged(&mut self, va: u64, access: Access, mode: Mode) -> Result<u64, Trap> {
+    fn translate_paged(&mut self, va: u64, access: Access, len: u64, mode: Mode) -> Result<u64, Trap> {
         let vpn = va >> 12;
         let entry = self.hart.tlb[vpn as usize % TLB_ENTRIES];
         if entry.vpn == vpn && self.allows(u64::from(entry.permissions), access, mode) {
             return Ok(entry.ppn << 12 | va & 0xfff);
         }
-        self.walk(va, access, mode)
+        self.walk(va, access, len, mode)
     }
 
     #[inline(always)]
     fn allows(&self, bits: u64, access: Access, mode: Mode) -> bool {
         let readable = if self.hart.mstatus & status::MXR != 0 { pte::R | pte::X } else { pte::R };
-        let right = match access {
-            Access::Fetch => pte::X,
-            Access::Load => readable,
-            Access::Store => pte::W,
-        };
+        let right = if access == Access::Load { readable } else { access.right() };
         let user_page = bits & pte::U != 0;
         let owner = match mode {
             Mode::User => user_page,
@@ -105,15 +136,36 @@ impl Machine {
         bits & right != 0 && owner
     }
 
-    /// Walks the page table, sets A and D as hardware does, and fills the TLB.
+    /// What the TLB does not know: walks the page table, asks PMP, and fills the TLB with what
+    /// holds for the whole page.
     #[cold]
-    fn walk(&mut self, va: u64, access: Access, mode: Mode) -> Result<u64, Trap> {
-        let Leaf { at, entry, low } = self.find_leaf(va, access, mode)?;
+    fn walk(&mut self, va: u64, access: Access, len: u64, mode: Mode) -> Result<u64, Trap> {
+        let mut found =
+            if self.is_bare(mode) { bare_page(va, mode) } else { self.walk_table(va, access, mode)? };
+        let pa = found.ppn << 12 | va & 0xfff;
+        let in_page = self.regions.rights(found.ppn << 12, found.ppn << 12 | 0xfff, mode);
+        let here = in_page.or_else(|| self.regions.rights(pa, pa + (len - 1), mode)).unwrap_or(0);
+        if u64::from(here) & access.right() == 0 {
+            return Err(access.access_fault(va));
+        }
+        // Under MXR the TLB takes X for R, which PMP does not.
+        let is_unreadable = u64::from(here) & (pte::R | pte::X) == pte::X;
+        if in_page.is_some() && mode != Mode::Machine && !is_unreadable {
+            found.permissions &= here | pte::U as u8;
+            self.hart.tlb[found.vpn as usize % TLB_ENTRIES] = found;
+        }
+        Ok(pa)
+    }
+
+    /// Walks the page table, and sets A and D as hardware does.
+    fn walk_table(&mut self, va: u64, access: Access, mode: Mode) -> Result<TlbEntry, Trap> {
+        let Leaf { at, entry, low, level } = self.find_leaf(va, access, mode)?;
         let mut updated = entry | pte::A;
         if access == Access::Store {
             updated |= pte::D;
         }
         if updated != entry {
+            self.check_table(at, Access::Store).ok_or(access.access_fault(va))?;
             self.ram.store::<8>(at, updated).ok_or(access.access_fault(va))?;
             self.attention |= self.ram.has_stale_code();
         }
@@ -123,8 +175,14 @@ impl Machine {
         if updated & pte::D != 0 {
             permissions |= (updated & pte::W) as u8;
         }
-        self.hart.tlb[vpn as usize % TLB_ENTRIES] = TlbEntry { vpn, ppn, permissions };
-        Ok(ppn << 12 | va & 0xfff)
+        Ok(TlbEntry { vpn, ppn, permissions, level })
+    }
+
+    /// Whether PMP lets a walk, which is S-mode's, access the page-table entry at `at` in RAM.
+    fn check_table(&self, at: u64, access: Access) -> Option<()> {
+        let from = at.wrapping_add(RAM_BASE);
+        let rights = self.regions.rights(from, from.saturating_add(7), Mode::Supervisor)?;
+        (u64::from(rights) & access.right() != 0).then_some(())
     }
 
     /// The leaf entry that maps `va`; changes nothing.
@@ -137,7 +195,8 @@ impl Machine {
         for level in (0..3u32).rev() {
             let index = va >> (12 + 9 * level) & 511;
             let at = table.wrapping_add(index * 8).wrapping_sub(RAM_BASE);
-            let entry = self.ram.load::<8>(at).ok_or(access.access_fault(va))?;
+            let entry = self.check_table(at, Access::Load).and_then(|()| self.ram.load::<8>(at));
+            let entry = entry.ok_or(access.access_fault(va))?;
             let is_pointer = entry & (pte::R | pte::W | pte::X) == 0;
             let bad =
                 entry & pte::V == 0 || entry & (pte::R | pte::W) == pte::W || entry & pte::RESERVED != 0;
@@ -152,7 +211,7 @@ impl Machine {
             if entry >> 10 & low != 0 || !self.allows(entry, access, mode) {
                 return Err(fault);
             }
-            return Ok(Leaf { at, entry, low });
+            return Ok(Leaf { at, entry, low, level: level as u8 });
         }
         Err(fault)
     }
@@ -161,8 +220,7 @@ impl Machine {
     /// would with other rights, since a debugger is nobody. By the page table, also where the
     /// TLB still has an older translation. Changes nothing.
     pub fn peek_address(&self, va: u64) -> Option<u64> {
-        let is_bare = self.data_paging.is_none() && self.hart.mode == Mode::Machine;
-        if is_bare || self.hart.satp >> 60 == 0 {
+        if self.is_bare(self.data_mode().min(self.hart.mode)) {
             return Some(va);
         }
         let ways = [
@@ -195,7 +253,7 @@ impl Machine {
     /// The instruction bits at `pc`, without a trace in TLB or page table.
     pub(super) fn peek_bits(&self, pc: u64) -> Option<u32> {
         let half = |va: u64| {
-            let pa = if self.hart.mode == Mode::Machine || self.hart.satp >> 60 == 0 {
+            let pa = if self.is_bare(self.hart.mode) {
                 va
             } else {
                 let Leaf { entry, low, .. } = self.find_leaf(va, Access::Fetch, self.hart.mode).ok()?;
@@ -216,7 +274,7 @@ impl Machine {
         if va as usize & (N - 1) != 0 && (va as usize & 0xfff) + N > 4096 {
             return self.load_across(va, N);
         }
-        let pa = self.translate(va, Access::Load)?;
+        let pa = self.translate(va, Access::Load, N as u64)?;
         match self.ram.load::<N>(pa.wrapping_sub(RAM_BASE)) {
             Some(value) => Ok(value),
             None => self.load_device(va, pa, N, outside),
@@ -234,11 +292,11 @@ impl Machine {
         if va as usize & (N - 1) != 0 && (va as usize & 0xfff) + N > 4096 {
             return self.store_across(va, value, N);
         }
-        let pa = self.translate(va, Access::Store)?;
+        let pa = self.translate(va, Access::Store, N as u64)?;
         match self.ram.store::<N>(pa.wrapping_sub(RAM_BASE), value) {
             Some(()) => {
                 if self.ram.has_stale_code() {
-                    self.attention = true;
+                    self.store_is_told(pa, N);
                 }
                 Ok(())
             }
@@ -276,13 +334,14 @@ impl Machine {
     fn across(&mut self, va: u64, len: usize, access: Access) -> Result<[u64; 8], Trap> {
         let mut pieces = [0; 8];
         for (i, piece) in pieces.iter_mut().enumerate().take(len) {
-            *piece = self.translate(va.wrapping_add(i as u64), access)?;
+            *piece = self.translate(va.wrapping_add(i as u64), access, 1)?;
         }
         Ok(pieces)
     }
 
     /// The physical page that `pc` is fetched from. The last one is state, since
-    /// it holds even where the TLB has since forgotten it.
+    /// it holds even where the TLB has since forgotten it. There is none behind an instruction
+    /// in a page that a PMP border cuts.
     pub(super) fn fetch_ppn(&mut self, pc: u64) -> Result<u64, Trap> {
         let vpn = pc >> 12;
         if let Some((page, ppn)) = self.hart.fetch_page
@@ -291,7 +350,7 @@ impl Machine {
             return Ok(ppn);
         }
         let ppn = self.translate_fetch(pc)? >> 12;
-        self.hart.fetch_page = Some((vpn, ppn));
+        self.hart.fetch_page = self.regions.is_whole(ppn, self.hart.mode).then_some((vpn, ppn));
         Ok(ppn)
     }
 
@@ -304,9 +363,17 @@ impl Machine {
             return Ok(low);
         }
         let upper = pc.wrapping_add(2);
-        let pa = if upper & 0xfff == 0 { self.translate_fetch(upper)? } else { pa + 2 };
+        let is_known = upper & 0xfff != 0 && self.hart.fetch_page.is_some();
+        let pa = if is_known { pa + 2 } else { self.translate_fetch(upper)? };
         let fault = Access::Fetch.access_fault(upper);
         let high = self.ram.load::<2>(pa.wrapping_sub(RAM_BASE)).ok_or(fault)? as u32;
         Ok(low | high << 16)
     }
+}
+
+/// The page of `va` where nothing is translated, before PMP is asked.
+fn bare_page(va: u64, mode: Mode) -> TlbEntry {
+    let owner = if mode == Mode::User { pte::U } else { 0 };
+    let permissions = (pte::R | pte::W | pte::X | owner) as u8;
+    TlbEntry { vpn: va >> 12, ppn: va >> 12, permissions, level: 0 }
 }

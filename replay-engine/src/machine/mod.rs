@@ -16,11 +16,13 @@ mod execute;
 pub mod fdt;
 pub mod float;
 pub mod hart;
+mod htif;
 pub mod loader;
 pub mod lookout;
 mod memory;
 mod output;
 mod plic;
+pub mod pmp;
 pub mod ram;
 mod rtc;
 mod slots;
@@ -41,8 +43,10 @@ use clint::Clint;
 use code::CodeCache;
 use hart::Hart;
 use heddle_proto::ClockKind;
+use htif::Htif;
 use lookout::Lookout;
 use plic::Plic;
+use pmp::Regions;
 use ram::Ram;
 use rtc::Rtc;
 use serde::{Deserialize, Serialize};
@@ -145,12 +149,18 @@ pub struct Machine {
     pub(crate) trace: Option<u64>,
     /// What a debugger looks for, while it does; not state.
     pub(crate) lookout: Option<Box<Lookout>>,
+    /// The doublewords that the guest's ELF names for HTIF; its contents are RAM.
+    htif: Option<Htif>,
+    /// The guest switched off by asking for a reset; not state.
+    wants_reset: bool,
     code: CodeCache,
     /// Look up before the next instruction: interrupts, or a reason to leave.
     attention: bool,
     /// A reason for the caller to look, see [`Exit::Work`].
     work: bool,
-    /// Data accesses are translated, with this mode's rights.
+    /// What PMP's entries come to.
+    regions: Regions,
+    /// Data accesses are translated or checked, with this mode's rights.
     data_paging: Option<hart::Mode>,
 }
 
@@ -158,6 +168,7 @@ impl Machine {
     /// A machine at power-on: `ram` loaded, the hart about to execute at `pc`.
     pub fn new(ram: Ram, hart: Hart, shift: u32, disks: Vec<Disk>) -> Machine {
         let pages = ram.len() / ram::PAGE;
+        let regions = Regions::of(&hart.pmp);
         let mut machine = Machine {
             hart,
             ram,
@@ -165,10 +176,7 @@ impl Machine {
             plic: Plic::new(),
             uart: Uart::new(),
             rtc: Rtc::default(),
-            drives: disks
-                .into_iter()
-                .map(|disk| Drive { controller: VirtioBlock::new(), disk })
-                .collect(),
+            drives: disks.into_iter().map(|disk| Drive { controller: VirtioBlock::new(), disk }).collect(),
             cards: vec![],
             timers: Timers::default(),
             clock: VirtualClock { shift, bias: 0 },
@@ -182,9 +190,12 @@ impl Machine {
             frames: vec![],
             trace: None,
             lookout: None,
+            htif: None,
+            wants_reset: false,
             code: CodeCache::new(pages),
             attention: true,
             work: false,
+            regions,
             data_paging: None,
         };
         machine.update_paging();
@@ -209,6 +220,8 @@ impl Machine {
     /// State was put in from outside: what is derived from it is made anew.
     pub(crate) fn refresh(&mut self) {
         self.code = CodeCache::new(self.ram.len() / ram::PAGE);
+        self.watch_again();
+        self.regions = Regions::of(&self.hart.pmp);
         self.update_paging();
     }
 
@@ -225,6 +238,11 @@ impl Machine {
     /// The guest's exit code, once it has switched the machine off.
     pub fn shutdown(&self) -> Option<u16> {
         self.shutdown
+    }
+
+    /// Whether the guest switched the machine off by asking for a reset.
+    pub fn wants_reset(&self) -> bool {
+        self.wants_reset
     }
 
     /// Whether the hart waits in WFI with nothing to wake it.
@@ -299,6 +317,7 @@ impl Machine {
         self.attention = false;
         if self.ram.has_stale_code() {
             self.code.forget(self.ram.take_stale_code());
+            self.see_tohost();
         }
         if outside.must_stop() {
             return Some(Exit::Stopped);

@@ -5,6 +5,7 @@ pub const PAGE: usize = 4096;
 
 const DIRTY: u8 = 1;
 const CODE: u8 = 2;
+const WATCHED: u8 = 4;
 
 /// RAM with page tracking. Addresses are offsets from its base.
 #[derive(Clone, Debug)]
@@ -13,7 +14,7 @@ pub struct Ram {
     flags: Vec<u8>,
     /// Pages written since [`Ram::take_dirty`], each once.
     dirty: Vec<u32>,
-    /// Pages whose decoded code a write has outdated.
+    /// Pages whose decoded code a write has outdated, and watched ones that were written.
     stale_code: Vec<u32>,
 }
 
@@ -62,10 +63,10 @@ impl Ram {
         if *flags & DIRTY == 0 {
             self.dirty.push(page as u32);
         }
-        if *flags & CODE != 0 {
+        if *flags & (CODE | WATCHED) != 0 {
             self.stale_code.push(page as u32);
         }
-        *flags = DIRTY;
+        *flags = *flags & WATCHED | DIRTY;
     }
 
     /// The bytes at `at`, `None` if any lies beyond the end.
@@ -109,6 +110,11 @@ impl Ram {
     /// Notes that a page has decoded code, so that a write to it is told.
     pub fn mark_code(&mut self, page: u32) {
         self.flags[page as usize] |= CODE;
+    }
+
+    /// Has every write to the page at `at` told, as if it had code.
+    pub fn watch(&mut self, at: u64) {
+        self.flags[at as usize / PAGE] |= WATCHED;
     }
 
     /// Whether decoded code was outdated since the last [`Ram::take_stale_code`].

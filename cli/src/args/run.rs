@@ -1,0 +1,34 @@
+//! The argument of `heddle run`.
+
+use super::parse_bytes;
+use clap::Args as ClapArgs;
+use std::path::PathBuf;
+
+const MEMORY_STEP: u64 = 2 << 20;
+const MEMORY_MAX: u64 = 4 << 30;
+
+/// `heddle run`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct Run {
+    /// A bare-metal RISC-V ELF. It begins at its entry, in machine mode, on hart 0, with the
+    /// device tree's address in a1. It ends by a store to the test finisher, or to `tohost`
+    /// where it has that symbol; its exit code is ours.
+    pub elf: PathBuf,
+    /// Guest RAM: 16M, 1G.
+    #[arg(long, default_value = "128M", value_parser = parse_memory)]
+    pub memory: u64,
+    /// Give up after so many instructions.
+    #[arg(long, value_name = "N")]
+    pub max_instructions: Option<u64>,
+    /// Type standard input at the guest's console, too. What the guest prints is on
+    /// standard output either way.
+    #[arg(long)]
+    pub console: bool,
+}
+
+/// Guest RAM, in the bounds that a recording's has.
+fn parse_memory(text: &str) -> Result<u64, String> {
+    let bytes = parse_bytes(text)?;
+    let fits = bytes % MEMORY_STEP == 0 && (MEMORY_STEP..=MEMORY_MAX).contains(&bytes);
+    fits.then_some(bytes).ok_or_else(|| format!("{text:?} is not a multiple of 2M, from 2M to 4G"))
+}

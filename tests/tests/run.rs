@@ -1,0 +1,157 @@
+//! `heddle run`: bare programs, how they end, and what is said when they can't.
+#![allow(clippy::unwrap_used)]
+
+use heddle_tests::{Embedded, Said, run};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use tempfile::TempDir;
+
+/// `tohost` and `fromhost` as RISC-V's own suites have them: on a page of their own.
+const HTIF: &str = "
+    .section .tohost, \"aw\"
+    .balign 4096
+    .globl tohost, fromhost
+    tohost: .dword 0
+    .balign 64
+    fromhost: .dword 0
+";
+/// Prints the byte in a0, through HTIF.
+const PUT: &str = "
+    put:
+        li t0, 0x0101
+        slli t0, t0, 48
+        or t0, t0, a0
+        la t1, tohost
+        sd t0, 0(t1)
+        la t1, fromhost
+    1:  ld t2, 0(t1)
+        beqz t2, 1b
+        sd zero, 0(t1)
+        ret
+";
+
+/// Assembles programs, where the assembler is.
+struct Assembler(TempDir);
+
+impl Assembler {
+    fn new() -> Option<Assembler> {
+        if Command::new("riscv64-unknown-elf-gcc").arg("--version").output().is_err() {
+            eprintln!("riscv64-unknown-elf-gcc is not installed: not tested");
+            return None;
+        }
+        Some(Assembler(TempDir::new().unwrap()))
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// An ELF of `code` from `_start` on, its text at `at`.
+    fn elf(&self, name: &str, at: u64, code: &str) -> PathBuf {
+        let (source, script, elf) =
+            (self.file(&format!("{name}.S")), self.file(&format!("{name}.ld")), self.file(name));
+        let sections = ".text : { *(.text) } .data : { *(.data) } .tohost : { *(.tohost) }";
+        std::fs::write(&script, format!("SECTIONS {{ . = {at:#x}; {sections} }}")).unwrap();
+        std::fs::write(&source, format!(".text\n.globl _start\n_start:\n{code}\n")).unwrap();
+        let mut gcc = Command::new("riscv64-unknown-elf-gcc");
+        gcc.args(["-march=rv64imac_zicsr", "-mabi=lp64", "-mcmodel=medany", "-nostdlib", "-static"]);
+        gcc.arg("-Wl,--build-id=none").arg("-T").arg(&script).arg("-o").arg(&elf).arg(&source);
+        run(&mut gcc, b"").expect(0);
+        elf
+    }
+}
+
+fn heddle(elf: &Path, more: &[&str], typed: &[u8]) -> Said {
+    run(Embedded::default().command().arg("run").arg(elf).args(more), typed)
+}
+
+const BASE: u64 = 0x8000_0000;
+
+#[test]
+fn the_exit_code_is_the_guests() {
+    let Some(assembler) = Assembler::new() else { return };
+    let finisher = |value: u64| format!("li t0, 0x100000\nli t1, {value:#x}\nsw t1, 0(t0)\nj .");
+    let htif = |value: u64| format!("la t0, tohost\nli t1, {value:#x}\nsd t1, 0(t0)\nj .\n{HTIF}");
+    let halves = format!("la t0, tohost\nli t1, 7\nsw t1, 0(t0)\nsw zero, 4(t0)\nj .\n{HTIF}");
+    let lower = format!("la t0, tohost\nli t1, 9\n1: sw t1, 0(t0)\nj 1b\n{HTIF}");
+    // In machine mode on hart 0, with a device tree: its magic is at a1.
+    let entry = format!(
+        "csrr t0, mhartid\nor t0, t0, a0\nbnez t0, 1f\nlw t1, 0(a1)\nli t2, 0xffffffffedfe0dd0\nbne t1, t2, 1f
+        {}\n1: {}\n{HTIF}",
+        "la t0, tohost\nli t1, 1\nsd t1, 0(t0)\nj .", "la t0, tohost\nli t1, 3\nsd t1, 0(t0)\nj ."
+    );
+    let cases = [
+        ("pass", finisher(0x5555), 0, ""),
+        ("fail", finisher(0x2a_3333), 42, ""),
+        ("large", finisher(0x1234_3333), 1, "exit code is 4660"),
+        ("reset", finisher(0x7777), 0, "reset"),
+        ("tohost-pass", htif(1), 0, ""),
+        ("tohost-fail", htif(5 << 1 | 1), 5, ""),
+        ("tohost-large", htif(300 << 1 | 1), 1, "exit code is 300"),
+        ("tohost-halves", halves, 3, ""),
+        ("tohost-lower-half", lower, 4, ""),
+        ("entry", entry, 0, ""),
+        ("unknown-device", htif(7 << 56 | 2), 1, "no command 0 of device 7"),
+    ];
+    for (name, code, expected, said) in cases {
+        let ended = heddle(&assembler.elf(name, BASE, &code), &["--max-instructions", "100000"], b"");
+        let ended = ended.expect(expected);
+        assert!(ended.err.contains(said), "{name}: {}", ended.err);
+        assert_eq!(ended.err.is_empty(), said.is_empty(), "{name}: {}", ended.err);
+    }
+}
+
+#[test]
+fn what_the_guest_prints_is_on_standard_output() {
+    let Some(assembler) = Assembler::new() else { return };
+    let end = "la t0, tohost\nli t1, 1\nsd t1, 0(t0)\nj .";
+    let code = format!(
+        "li t0, 0x10000000\nli a0, 'u'\nsb a0, 0(t0)\nli a0, 'a'\ncall put\nli a0, 'b'\ncall put
+        la t0, block\nla t1, text\nsd t1, 16(t0)\nla t1, tohost\nsd t0, 0(t1)\nla t1, fromhost
+        1: ld t2, 0(t1)\nbeqz t2, 1b\n{end}\n{PUT}{HTIF}
+        .data\n.balign 64\nblock: .dword 64, 1, 0, 4\ntext: .ascii \"call\""
+    );
+    let elf = assembler.elf("prints", BASE, &code);
+    assert_eq!(heddle(&elf, &[], b"").expect(0).out, "uabcall");
+    // Recorded, it ends at the same place, and so does its replay.
+    let embedded = Embedded::default();
+    let path = elf.to_str().unwrap();
+    let recorded = embedded.heddle(&["record", "builtin", "--name", "bare", "--kernel", path]).expect(0);
+    assert!(recorded.out.contains("uabcall"), "{}", recorded.out);
+    let replayed = embedded.heddle(&["replay", "bare", "-o", "json"]).expect(0).json();
+    assert_eq!(replayed["verdict"], "match");
+    // What is typed comes back, until its line ends.
+    let echo = "li t0, 0x10000000\n1: lbu t1, 5(t0)\nandi t1, t1, 1\nbeqz t1, 1b\nlbu t2, 0(t0)\nsb t2, 0(t0)
+        li t3, 10\nbne t2, t3, 1b\nli t0, 0x100000\nli t1, 0x5555\nsw t1, 0(t0)\nj .";
+    let echoed = heddle(&assembler.elf("echo", BASE, echo), &["--console"], b"typed\n").expect(0);
+    assert_eq!(echoed.out, "typed\n");
+}
+
+#[test]
+fn a_timer_wakes_an_idle_guest_and_nothing_else_does() {
+    let Some(assembler) = Assembler::new() else { return };
+    let forever = heddle(&assembler.elf("idle", BASE, "wfi\nj ."), &[], b"").expect(1);
+    assert!(forever.err.contains("waits for ever"), "{}", forever.err);
+    // An hour from now, by the CLINT: idle time is jumped over.
+    let timer = "li t0, 0x2004000\nli t1, 36000000000\nsd t1, 0(t0)\nli t1, 128\ncsrw mie, t1\nwfi
+        li t0, 0x100000\nli t1, 0x5555\nsw t1, 0(t0)\nj .";
+    heddle(&assembler.elf("timer", BASE, timer), &[], b"").expect(0);
+    let spins =
+        heddle(&assembler.elf("spins", BASE, "j ."), &["--max-instructions", "5000000"], b"").expect(8);
+    assert!(spins.err.contains("5000000 instructions"), "{}", spins.err);
+}
+
+#[test]
+fn what_cannot_run_is_refused_with_what_and_where() {
+    let Some(assembler) = Assembler::new() else { return };
+    let refused = |path: &Path, text: &str| {
+        let said = heddle(path, &[], b"").expect(2);
+        assert!(said.err.contains(text) && said.err.contains(path.to_str().unwrap()), "{}", said.err);
+    };
+    let text = assembler.file("text");
+    std::fs::write(&text, "hello").unwrap();
+    refused(&text, "begins with 68 65 6c 6c");
+    refused(&assembler.file("absent"), "No such file");
+    refused(&std::env::current_exe().unwrap(), "its machine, at offset 18, is ");
+    refused(&assembler.elf("low", 0x1_0000, "j ."), "does not fit: it needs 0x10000");
+}
