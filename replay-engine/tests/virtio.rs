@@ -318,7 +318,11 @@ fn a_changed_log_is_named() {
         }
     };
     check(&|events| change_random(events, |data| data[0] ^= 1), DivergenceKind::State, next_digest);
-    check(&|events| change_random(events, |data| data.truncate(data.len() - 1)), DivergenceKind::WrongPayload, random);
+    check(
+        &|events| change_random(events, |data| data.truncate(data.len() - 1)),
+        DivergenceKind::WrongPayload,
+        random,
+    );
     let flip = |events: &mut Vec<Event>| events[random].role = events[random].role.other();
     check(&flip, DivergenceKind::WrongRole, random);
     // The next request asks for less.

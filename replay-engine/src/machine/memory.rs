@@ -1,5 +1,6 @@
 //! Memory accesses: Sv39 translation through the TLB, then RAM or a device.
 
+use super::fast::Rights;
 use super::hart::{Mode, TLB_ENTRIES, TlbEntry, Trap, status};
 use super::{Machine, Outside, RAM_BASE};
 
@@ -57,10 +58,18 @@ impl Machine {
         };
         let is_bare = mode == Mode::Machine || hart.satp >> 60 == 0;
         self.data_paging = (!is_bare).then_some(mode);
+        let has = |bit| hart.mstatus & bit != 0;
+        self.fast.set_rights(Rights::of(self.data_paging, has(status::SUM), has(status::MXR)));
         if hart.fetch_page.is_none() {
             self.code.leave();
         }
         self.attention = true;
+    }
+
+    /// Empties the TLB.
+    pub(super) fn flush_translations(&mut self) {
+        self.hart.flush_tlb();
+        self.fast.forget();
     }
 
     #[inline(always)]
@@ -124,6 +133,7 @@ impl Machine {
             permissions |= (updated & pte::W) as u8;
         }
         self.hart.tlb[vpn as usize % TLB_ENTRIES] = TlbEntry { vpn, ppn, permissions };
+        self.fast.forget_entry(vpn);
         Ok(ppn << 12 | va & 0xfff)
     }
 
@@ -213,12 +223,24 @@ impl Machine {
     /// Loads `N` bytes, zero-extended.
     #[inline(always)]
     pub(super) fn load<const N: usize>(&mut self, va: u64, outside: &mut dyn Outside) -> Result<u64, Trap> {
+        if let Some(value) = self.fast.find::<N>(va, false).and_then(|at| self.ram.load::<N>(at)) {
+            return Ok(value);
+        }
+        self.load_slow::<N>(va, outside)
+    }
+
+    #[inline(never)]
+    fn load_slow<const N: usize>(&mut self, va: u64, outside: &mut dyn Outside) -> Result<u64, Trap> {
         if va as usize & (N - 1) != 0 && (va as usize & 0xfff) + N > 4096 {
             return self.load_across(va, N);
         }
         let pa = self.translate(va, Access::Load)?;
-        match self.ram.load::<N>(pa.wrapping_sub(RAM_BASE)) {
-            Some(value) => Ok(value),
+        let at = pa.wrapping_sub(RAM_BASE);
+        match self.ram.load::<N>(at) {
+            Some(value) => {
+                self.fast.learn(va, at, false);
+                Ok(value)
+            }
             None => self.load_device(va, pa, N, outside),
         }
     }
@@ -231,12 +253,29 @@ impl Machine {
         value: u64,
         outside: &mut dyn Outside,
     ) -> Result<(), Trap> {
+        if let Some(at) = self.fast.find::<N>(va, true)
+            && self.ram.store_written::<N>(at, value)
+        {
+            return Ok(());
+        }
+        self.store_slow::<N>(va, value, outside)
+    }
+
+    #[inline(never)]
+    fn store_slow<const N: usize>(
+        &mut self,
+        va: u64,
+        value: u64,
+        outside: &mut dyn Outside,
+    ) -> Result<(), Trap> {
         if va as usize & (N - 1) != 0 && (va as usize & 0xfff) + N > 4096 {
             return self.store_across(va, value, N);
         }
         let pa = self.translate(va, Access::Store)?;
-        match self.ram.store::<N>(pa.wrapping_sub(RAM_BASE), value) {
+        let at = pa.wrapping_sub(RAM_BASE);
+        match self.ram.store::<N>(at, value) {
             Some(()) => {
+                self.fast.learn(va, at, true);
                 if self.ram.has_stale_code() {
                     self.attention = true;
                 }
