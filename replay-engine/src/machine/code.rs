@@ -8,6 +8,8 @@ const SLOTS: usize = super::ram::PAGE / 2;
 /// Decoded pages kept (about 100 MB); beyond it all are forgotten.
 const PAGES_MAX: usize = 4096;
 const NONE: u32 = u32::MAX;
+/// Page numbers have 52 bits.
+const NO_PAGE: u64 = u64::MAX;
 
 /// Decoded pages.
 pub(super) struct CodeCache {
@@ -15,24 +17,25 @@ pub(super) struct CodeCache {
     /// By RAM page: where its slots begin, in pages.
     place: Vec<u32>,
     free: Vec<u32>,
-    /// The page being executed: its virtual number and first slot.
-    current: Option<(u64, usize)>,
+    /// The page being executed: its virtual number, none that exists if it is not known, and
+    /// its first slot.
+    page: u64,
+    first: usize,
 }
 
 impl CodeCache {
     pub(super) fn new(pages: usize) -> CodeCache {
-        CodeCache { ops: vec![], place: vec![NONE; pages], free: vec![], current: None }
+        CodeCache { ops: vec![], place: vec![NONE; pages], free: vec![], page: NO_PAGE, first: 0 }
     }
 
     /// The cached operation at `pc`, if its page is the current one.
     #[inline(always)]
     pub(super) fn at(&self, pc: u64) -> Option<(usize, Op)> {
-        let (page, first) = self.current?;
-        if pc >> 12 != page {
+        if pc >> 12 != self.page {
             return None;
         }
-        let slot = first + (pc as usize & 0xffe) / 2;
-        Some((slot, self.ops[slot]))
+        let slot = self.first + (pc as usize & 0xffe) / 2;
+        Some((slot, *self.ops.get(slot)?))
     }
 
     /// Makes RAM page `ram_page`, mapped at virtual page `page`, the current one.
@@ -47,7 +50,7 @@ impl CodeCache {
                 None if self.ops.len() / SLOTS >= PAGES_MAX => {
                     self.place.fill(NONE);
                     self.ops.clear();
-                    self.current = None;
+                    self.page = NO_PAGE;
                     return self.enter(page, ram_page);
                 }
                 None => {
@@ -56,13 +59,13 @@ impl CodeCache {
                 }
             };
         }
-        self.current = Some((page, *place as usize * SLOTS));
+        (self.page, self.first) = (page, *place as usize * SLOTS);
     }
 
     /// The current page is no longer known: pc, mode or mapping changed.
     #[inline(always)]
     pub(super) fn leave(&mut self) {
-        self.current = None;
+        self.page = NO_PAGE;
     }
 
     pub(super) fn set(&mut self, slot: usize, op: Op) {
@@ -77,6 +80,6 @@ impl CodeCache {
                 self.free.push(place);
             }
         }
-        self.current = None;
+        self.page = NO_PAGE;
     }
 }

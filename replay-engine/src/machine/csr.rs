@@ -198,7 +198,7 @@ impl Machine {
         // Writing an unsupported mode changes nothing.
         if (mode == 0 || mode == SATP_SV39) && value != self.hart.satp {
             self.hart.satp = value;
-            self.hart.flush_tlb();
+            self.flush_translations();
         }
         Some(())
     }

@@ -9,17 +9,14 @@ const ILLEGAL: u64 = 2;
 const BREAKPOINT: u64 = 3;
 
 impl Machine {
-    /// Executes the instruction at pc, and moves pc, unless it traps.
+    /// Executes the instruction at `pc`, which is also in the hart; the next one's place.
     #[inline(always)]
-    pub(super) fn step(&mut self, outside: &mut dyn Outside) -> Result<(), Trap> {
-        let pc = self.hart.pc;
+    pub(super) fn step(&mut self, pc: u64, outside: &mut dyn Outside) -> Result<u64, Trap> {
         let op = match self.code.at(pc) {
             Some((_, op)) if op.code != Code::Undecoded => op,
             _ => self.fetch_slow(pc)?,
         };
-        let next = self.execute(op, pc, outside)?;
-        self.hart.pc = next;
-        Ok(())
+        self.execute(op, pc, outside)
     }
 
     /// Enters pc's page and decodes the instruction there.
@@ -171,8 +168,11 @@ impl Machine {
             SfenceVma if self.may(status::TVM) => {
                 // For whichever address space: TLB entries name none.
                 match op.rs1 {
-                    0 => self.hart.flush_tlb(),
-                    register => self.hart.flush_page(self.x(register)),
+                    0 => self.flush_translations(),
+                    register => {
+                        self.hart.flush_page(self.x(register));
+                        self.fast.forget();
+                    }
                 }
                 self.update_paging();
             }

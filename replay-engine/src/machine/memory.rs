@@ -3,6 +3,7 @@
 //! The TLB has what translation and PMP together allow S and U in a whole page, also while
 //! nothing is translated. A page that a PMP border cuts is not in it: each access is checked.
 
+use super::fast::Rights;
 use super::hart::{Mode, TLB_ENTRIES, TlbEntry, Trap, status};
 use super::pmp::Regions;
 use super::{Machine, Outside, RAM_BASE};
@@ -66,6 +67,8 @@ impl Machine {
         let mode = self.data_mode();
         let is_free = mode == Mode::Machine && !self.regions.deny_machine();
         self.data_paging = (!is_free).then_some(mode);
+        let has = |bit| self.hart.mstatus & bit != 0;
+        self.fast.set_rights(Rights::of(self.data_paging, has(status::SUM), has(status::MXR)));
         if self.hart.fetch_page.is_none() {
             self.code.leave();
         }
@@ -75,7 +78,7 @@ impl Machine {
     /// Follows the PMP entries, which the TLB's rights are made from.
     pub(super) fn follow_pmp(&mut self) {
         self.regions = Regions::of(&self.hart.pmp);
-        self.hart.flush_tlb();
+        self.flush_translations();
         self.update_paging();
     }
 
@@ -123,6 +126,25 @@ impl Machine {
         self.walk(va, access, len, mode)
     }
 
+    /// Notes where an access was found to go, if it holds for the page: it then has no
+    /// translation, or one that the TLB has.
+    fn learn(&mut self, va: u64, at: u64, access: Access) {
+        let vpn = va >> 12;
+        let entry = self.hart.tlb[vpn as usize % TLB_ENTRIES];
+        let holds = self
+            .data_paging
+            .is_none_or(|mode| entry.vpn == vpn && self.allows(u64::from(entry.permissions), access, mode));
+        if holds {
+            self.fast.learn(va, at, access == Access::Store);
+        }
+    }
+
+    /// Empties the TLB.
+    pub(super) fn flush_translations(&mut self) {
+        self.hart.flush_tlb();
+        self.fast.forget();
+    }
+
     #[inline(always)]
     fn allows(&self, bits: u64, access: Access, mode: Mode) -> bool {
         let readable = if self.hart.mstatus & status::MXR != 0 { pte::R | pte::X } else { pte::R };
@@ -153,6 +175,7 @@ impl Machine {
         if in_page.is_some() && mode != Mode::Machine && !is_unreadable {
             found.permissions &= here | pte::U as u8;
             self.hart.tlb[found.vpn as usize % TLB_ENTRIES] = found;
+            self.fast.forget_entry(found.vpn);
         }
         Ok(pa)
     }
@@ -271,12 +294,24 @@ impl Machine {
     /// Loads `N` bytes, zero-extended.
     #[inline(always)]
     pub(super) fn load<const N: usize>(&mut self, va: u64, outside: &mut dyn Outside) -> Result<u64, Trap> {
+        if let Some(value) = self.fast.find::<N>(va, false).and_then(|at| self.ram.load::<N>(at)) {
+            return Ok(value);
+        }
+        self.load_slow::<N>(va, outside)
+    }
+
+    #[inline(never)]
+    fn load_slow<const N: usize>(&mut self, va: u64, outside: &mut dyn Outside) -> Result<u64, Trap> {
         if va as usize & (N - 1) != 0 && (va as usize & 0xfff) + N > 4096 {
             return self.load_across(va, N);
         }
         let pa = self.translate(va, Access::Load, N as u64)?;
-        match self.ram.load::<N>(pa.wrapping_sub(RAM_BASE)) {
-            Some(value) => Ok(value),
+        let at = pa.wrapping_sub(RAM_BASE);
+        match self.ram.load::<N>(at) {
+            Some(value) => {
+                self.learn(va, at, Access::Load);
+                Ok(value)
+            }
             None => self.load_device(va, pa, N, outside),
         }
     }
@@ -289,12 +324,29 @@ impl Machine {
         value: u64,
         outside: &mut dyn Outside,
     ) -> Result<(), Trap> {
+        if let Some(at) = self.fast.find::<N>(va, true)
+            && self.ram.store_written::<N>(at, value)
+        {
+            return Ok(());
+        }
+        self.store_slow::<N>(va, value, outside)
+    }
+
+    #[inline(never)]
+    fn store_slow<const N: usize>(
+        &mut self,
+        va: u64,
+        value: u64,
+        outside: &mut dyn Outside,
+    ) -> Result<(), Trap> {
         if va as usize & (N - 1) != 0 && (va as usize & 0xfff) + N > 4096 {
             return self.store_across(va, value, N);
         }
         let pa = self.translate(va, Access::Store, N as u64)?;
-        match self.ram.store::<N>(pa.wrapping_sub(RAM_BASE), value) {
+        let at = pa.wrapping_sub(RAM_BASE);
+        match self.ram.store::<N>(at, value) {
             Some(()) => {
+                self.learn(va, at, Access::Store);
                 if self.ram.has_stale_code() {
                     self.store_is_told(pa, N);
                 }

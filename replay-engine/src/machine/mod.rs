@@ -13,6 +13,7 @@ mod devices;
 pub mod disasm;
 mod disk;
 mod execute;
+mod fast;
 pub mod fdt;
 pub mod float;
 pub mod hart;
@@ -41,6 +42,7 @@ pub use virtio_net::FRAME_BYTES_MAX;
 use crate::timer::Timers;
 use clint::Clint;
 use code::CodeCache;
+use fast::FastTlb;
 use hart::Hart;
 use heddle_proto::ClockKind;
 use htif::Htif;
@@ -154,6 +156,7 @@ pub struct Machine {
     /// The guest switched off by asking for a reset; not state.
     wants_reset: bool,
     code: CodeCache,
+    fast: FastTlb,
     /// Look up before the next instruction: interrupts, or a reason to leave.
     attention: bool,
     /// A reason for the caller to look, see [`Exit::Work`].
@@ -193,6 +196,7 @@ impl Machine {
             htif: None,
             wants_reset: false,
             code: CodeCache::new(pages),
+            fast: FastTlb::new(),
             attention: true,
             work: false,
             regions,
@@ -222,6 +226,7 @@ impl Machine {
         self.code = CodeCache::new(self.ram.len() / ram::PAGE);
         self.watch_again();
         self.regions = Regions::of(&self.hart.pmp);
+        self.fast.forget();
         self.update_paging();
     }
 
@@ -273,16 +278,22 @@ impl Machine {
 
     /// `TRACE`: somebody wants to see every instruction before it runs.
     fn run_loop<const TRACE: bool>(&mut self, until: u64, outside: &mut dyn Outside) -> Exit {
+        // Kept in registers. The machine has them, too, before anything can look: written each
+        // time, but never read back from memory, which would make each instruction wait.
+        let (mut pc, mut icount) = (self.hart.pc, self.icount);
         loop {
+            self.hart.pc = pc;
+            self.icount = icount;
             // Before anything is attended to: what the last instruction made pending is
             // taken at the next run's start, whoever asked this run to end.
-            if self.icount >= until {
+            if icount >= until {
                 return Exit::Budget;
             }
-            if self.attention
-                && let Some(exit) = self.attend(outside)
-            {
-                return exit;
+            if self.attention {
+                if let Some(exit) = self.attend(outside) {
+                    return exit;
+                }
+                pc = self.hart.pc;
             }
             if TRACE && self.look_out() {
                 return Exit::Stopped;
@@ -290,11 +301,15 @@ impl Machine {
             if TRACE && let Some(trace) = &mut self.trace {
                 *trace = (trace.rotate_left(1) ^ self.hart.quick_fold()).wrapping_mul(0x9e37_79b9_7f4a_7c15);
             }
-            if let Err(trap) = self.step(outside) {
-                self.hart.enter_trap(trap.cause, trap.tval);
-                self.update_paging();
+            match self.step(pc, outside) {
+                Ok(next) => pc = next,
+                Err(trap) => {
+                    self.hart.enter_trap(trap.cause, trap.tval);
+                    self.update_paging();
+                    pc = self.hart.pc;
+                }
             }
-            self.icount += 1;
+            icount += 1;
         }
     }
 

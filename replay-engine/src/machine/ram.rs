@@ -57,6 +57,23 @@ impl Ram {
         Some(())
     }
 
+    /// The same for a page that is known to be written and has no decoded code, which most
+    /// stores go to; `false` if it is another, and nothing is done.
+    #[inline(always)]
+    pub fn store_written<const N: usize>(&mut self, at: u64, value: u64) -> bool {
+        let at = at as usize;
+        if self.flags.get(at / PAGE) != Some(&DIRTY) {
+            return false;
+        }
+        match self.bytes.get_mut(at..at.wrapping_add(N)) {
+            Some(to) => {
+                to.copy_from_slice(&value.to_le_bytes()[..N]);
+                true
+            }
+            None => false,
+        }
+    }
+
     #[cold]
     fn mark_written(&mut self, page: usize) {
         let flags = &mut self.flags[page];
