@@ -27,6 +27,9 @@ pub fn decompress(bytes: &[u8], bytes_max: usize) -> Option<Vec<u8>> {
         if kept.is_none() {
             *kept = Some(Decompressor::new().ok()?);
         }
-        kept.as_mut()?.decompress(bytes, bytes_max).ok()
+        // What is said to be shorter is given no more: the bytes are kept as they come.
+        let said = zstd::zstd_safe::get_frame_content_size(bytes).ok().flatten();
+        let room = said.map_or(bytes_max, |said| bytes_max.min(usize::try_from(said).unwrap_or(bytes_max)));
+        kept.as_mut()?.decompress(bytes, room).ok()
     })
 }
