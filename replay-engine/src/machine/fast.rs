@@ -15,8 +15,8 @@ struct Entry {
     to_ram: u64,
 }
 
-/// Odd, so that no aligned address of a page is it.
-const EMPTY: Entry = Entry { tag: 1, to_ram: 0 };
+/// What is compared has at most three of the low twelve bits.
+const EMPTY: Entry = Entry { tag: u64::MAX, to_ram: 0 };
 
 /// Under whose rights data is accessed: a set of entries for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
