@@ -355,8 +355,8 @@ async fn a_lost_catalog_is_rebuilt_from_the_journal() {
     p.cluster.start_part("replica-3").unwrap();
     // It may have led the shard.
     until("the rest to be taken", async || {
-        store.get(id).await.ok()?;
-        append(&store, opened.epoch, &all[10..]).await.ok()
+        let done = append(&store, opened.epoch, &all[10..]).await;
+        done.map_err(|status| store.redirect(id, store.tried(id), &status)).ok()
     })
     .await;
     store.seal(id, opened.epoch, 5000, all.last().unwrap().id(), false).await.unwrap();

@@ -29,7 +29,7 @@ fn waiting(due: u64, shift: u32) -> Machine {
     let mut m = machine(&code, &[(1, due), (10, 0x10_0000), (11, 0x5555)]);
     let hart = m.hart_mut();
     hart.mode = Mode::Supervisor;
-    hart.stvec = RAM_BASE + VECTOR | 1;
+    hart.stvec = (RAM_BASE + VECTOR) | 1;
     (hart.mideleg, hart.mie) = (irq::SUPERVISOR, irq::STI);
     hart.mstatus |= status::SIE;
     (hart.menvcfg, hart.mcounteren) = (envcfg::STCE, 7);
