@@ -92,7 +92,7 @@ enum Jump {
     Jal,
     /// `auipc`, then `jalr`.
     Jalr,
-    ShortJump,
+    Skip,
     CompressedBranch,
 }
 
@@ -395,7 +395,7 @@ impl Maker {
             }
             2 => (words(&[rd << 7 | 0x6f]), Jump::Jal),
             3 => (words(&[link << 7 | 0x17, immediate(0, link, 0, rd, 0x67)]), Jump::Jalr),
-            _ if short == 0 => (halves(&[0xa001]), Jump::ShortJump),
+            _ if short == 0 => (halves(&[0xa001]), Jump::Skip),
             _ => (halves(&[self.one_of(&[0xc001, 0xe001]) | short << 7]), Jump::CompressedBranch),
         };
         Item { jump: Some((jump, over)), ..item }
@@ -551,7 +551,7 @@ fn patched(item: &[u16], jump: Jump, o: u32) -> Vec<u16> {
         Jump::Branch => vec![wide as u16, (wide >> 16) as u16],
         Jump::Jal => vec![far as u16, (far >> 16) as u16],
         Jump::Jalr => vec![0, 0, 0, (o << 4) as u16],
-        Jump::ShortJump => vec![short as u16],
+        Jump::Skip => vec![short as u16],
         Jump::CompressedBranch => vec![near as u16],
     };
     item.iter().zip(added).map(|(half, added)| half | added).collect()
