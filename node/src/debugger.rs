@@ -69,13 +69,16 @@ fn place(snapshot: &v1::SnapshotRow) -> Result<(Position, Hash)> {
 /// Where a replay that is wanted from icount `from` on begins: the last snapshot before it.
 pub fn bounds_before(row: &v1::RecordingRow, from: u64) -> v1::SpanBounds {
     let before = usable(row).filter(|snapshot| snapshot.icount <= from);
-    before.max_by_key(|snapshot| snapshot.icount).map_or_else(v1::SpanBounds::default, |snapshot| {
-        v1::SpanBounds {
-            snapshot_root: snapshot.root.clone(),
-            from_icount: snapshot.icount,
-            from_event: snapshot.event,
-            ..Default::default()
-        }
+    bounds_from(before.max_by_key(|snapshot| snapshot.icount))
+}
+
+/// From a snapshot to the recording's end; without one, from its beginning.
+pub fn bounds_from(snapshot: Option<&v1::SnapshotRow>) -> v1::SpanBounds {
+    snapshot.map_or_else(v1::SpanBounds::default, |snapshot| v1::SpanBounds {
+        snapshot_root: snapshot.root.clone(),
+        from_icount: snapshot.icount,
+        from_event: snapshot.event,
+        ..Default::default()
     })
 }
 

@@ -14,25 +14,13 @@ mod pmp;
 #[path = "machine/sstc.rs"]
 mod sstc;
 
-use heddle_proto::ClockKind;
 use heddle_proto::manifest::{MachineSpec, Sleep};
 use heddle_replay_engine::machine::hart::Hart;
 use heddle_replay_engine::machine::loader::{self, Images};
 use heddle_replay_engine::machine::ram::Ram;
-use heddle_replay_engine::machine::{Disk, Exit, Machine, Outside, RAM_BASE};
+use heddle_replay_engine::machine::{Disk, Exit, Machine, Nobody, RAM_BASE};
 use heddle_replay_engine::schedule::Seeded;
 use std::sync::Arc;
-
-struct Nobody;
-
-impl Outside for Nobody {
-    fn read_clock(&mut self, _: ClockKind, icount: u64, _: &Hart) -> i64 {
-        icount as i64
-    }
-    fn must_stop(&mut self) -> bool {
-        false
-    }
-}
 
 const RAM_BYTES: usize = 2 << 20;
 

@@ -5,7 +5,7 @@ use heddle_proto::manifest::{Device, Positions, Sleep};
 use heddle_proto::{AsyncEvent, Body, ClockKind, DivergenceKind, Event, Hash, Position, QemuEvent, Verdict};
 use heddle_replay_engine::machine::hart::Hart;
 use heddle_replay_engine::machine::ram::Ram;
-use heddle_replay_engine::machine::{Exit, Machine, Outside, RAM_BASE};
+use heddle_replay_engine::machine::{Exit, Machine, Nobody, RAM_BASE};
 use heddle_replay_engine::page_tree::BlockSource;
 use heddle_replay_engine::schedule::{self, Seeded};
 use heddle_replay_engine::{AsyncQueue, Build, Emulator, LogEnd, Replayer};
@@ -333,17 +333,6 @@ fn a_changed_log_is_named() {
     // A device that is not there.
     let stranger = Body::Qemu(QemuEvent::CharRead { device: 9, data: vec![0] });
     check(&|events| events[net].body = stranger.clone(), DivergenceKind::WrongPayload, net);
-}
-
-struct Nobody;
-
-impl Outside for Nobody {
-    fn read_clock(&mut self, _: ClockKind, icount: u64, _: &Hart) -> i64 {
-        icount as i64
-    }
-    fn must_stop(&mut self) -> bool {
-        false
-    }
 }
 
 /// Executes one instruction of a machine whose code is a store and a load.

@@ -228,7 +228,7 @@ pub enum Listener {
 }
 
 /// HTTP/2's frames are read and written one at a time: with the usual 16 KiB that is a call
-/// of the system for each, and a tenth of the throughput.
+/// of the system for each, and up to a tenth of the throughput.
 const FRAME_BYTES: u32 = 1 << 20;
 
 /// Serves with health and reflection until `shutdown` ends. `add` adds the services. By TCP

@@ -8,10 +8,9 @@
 #[path = "oracle/program.rs"]
 mod program;
 
-use heddle_proto::ClockKind;
 use heddle_replay_engine::machine::hart::{Hart, status};
 use heddle_replay_engine::machine::ram::Ram;
-use heddle_replay_engine::machine::{Exit, Machine, Outside};
+use heddle_replay_engine::machine::{Exit, Machine, Nobody};
 use heddle_tests::{count, root};
 use program::{CODE, CODE_BYTES, PAGE, Program, SCRATCH, State};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -23,17 +22,6 @@ const WFI: u32 = 0x1050_0073;
 /// More than a program without backward jumps can execute.
 const INSTRUCTIONS_MAX: u64 = 10_000;
 const BOX: u64 = 0xffff_ffff << 32;
-
-struct Nobody;
-
-impl Outside for Nobody {
-    fn read_clock(&mut self, _: ClockKind, icount: u64, _: &Hart) -> i64 {
-        icount as i64
-    }
-    fn must_stop(&mut self) -> bool {
-        false
-    }
-}
 
 /// What `code` leaves behind on the built-in machine; an error says why it did not end.
 fn on_ours(code: &[u8], before: &State) -> Result<State, String> {

@@ -245,7 +245,7 @@ fn name_of(load: &Load) -> String {
 }
 
 /// Our own throughput, and the most bytes that a replica wrote.
-async fn ours(dir: &Path, load: &Load, tls: Option<&Path>) -> Result<(Measured, f64)> {
+async fn measure_ours(dir: &Path, load: &Load, tls: Option<&Path>) -> Result<(Measured, f64)> {
     let (cluster, store) = start(dir, 1, tls).await?;
     let (before, _) = most_written(&cluster, &[0.0; 3]);
     let timing = load.start()?;
@@ -265,9 +265,8 @@ async fn against_peers(
     [target, tls_target]: [&str; 2],
 ) -> Result<()> {
     let name = name_of(load);
-    let (ours_clear, written) = ours(&dir.join("heddle"), load, None).await?;
-    let (ours_tls, _) = ours(&dir.join("heddle-tls"), load, Some(tls)).await?;
-    let ours = ours_clear;
+    let (ours, written) = measure_ours(&dir.join("heddle"), load, None).await?;
+    let (ours_tls, _) = measure_ours(&dir.join("heddle-tls"), load, Some(tls)).await?;
     // The warm-up writes, too; its bytes are in both.
     let share = 1.0 + 1.0 / load.seconds;
     let payload = ours.bytes as f64 * share;

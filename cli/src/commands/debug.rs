@@ -7,9 +7,9 @@ use crate::exit::{INCOMPATIBLE, OK, UNEXPECTED, USAGE, coded};
 use crate::output;
 use anyhow::{Context, Result};
 use heddle_node::blocks::BlockCache;
+use heddle_node::debugger::bounds_from;
 use heddle_node::qemu::span::QemuSpan;
 use heddle_node::qemu::stepped::{Reached, Stepped};
-use heddle_proto::v1;
 use serde_json::json;
 
 /// Stops a replay at an icount and serves a debugger until it leaves.
@@ -30,13 +30,7 @@ pub async fn run(cluster: &Cluster, command: Debug, format: Format) -> Result<u8
     let build = build.ok_or_else(|| coded(INCOMPATIBLE, format!("{name} is not on this machine")))?;
     // The nearest snapshot before it; a step backwards from there goes to it.
     let before = recording.row.snapshots.iter().filter(|s| s.icount < command.at);
-    let nearest = before.max_by_key(|snapshot| snapshot.icount);
-    let bounds = nearest.map_or_else(v1::SpanBounds::default, |snapshot| v1::SpanBounds {
-        snapshot_root: snapshot.root.clone(),
-        from_icount: snapshot.icount,
-        from_event: snapshot.event,
-        ..Default::default()
-    });
+    let bounds = bounds_from(before.max_by_key(|snapshot| snapshot.icount));
     let blocks = BlockCache::new(cluster.store.clone());
     let span = QemuSpan::fetch(&cluster.store, &blocks, recording.id(), bounds).await?;
     let at = command.at;

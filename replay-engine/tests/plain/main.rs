@@ -5,10 +5,9 @@
 
 mod interpreter;
 
-use heddle_proto::ClockKind;
 use heddle_replay_engine::machine::hart::Hart;
 use heddle_replay_engine::machine::ram::Ram;
-use heddle_replay_engine::machine::{Exit, Machine, Outside};
+use heddle_replay_engine::machine::{Exit, Machine, Nobody};
 use interpreter::{BASE, NotMine, Plain};
 use rand::Rng;
 use rand::seq::SliceRandom;
@@ -26,17 +25,6 @@ const OPCODES: [u32; 20] = [
 const WORD_OPERATIONS: [(u32, u32); 10] =
     [(0, 0), (0, 1), (0, 5), (0x20, 0), (0x20, 5), (1, 0), (1, 4), (1, 5), (1, 6), (1, 7)];
 const POINTERS: std::ops::Range<usize> = 8..16;
-
-struct Nobody;
-
-impl Outside for Nobody {
-    fn read_clock(&mut self, _: ClockKind, icount: u64, _: &Hart) -> i64 {
-        icount as i64
-    }
-    fn must_stop(&mut self) -> bool {
-        false
-    }
-}
 
 /// Memory full of instructions, so that wherever a jump goes there is one more.
 fn program(seed: u64) -> Plain {

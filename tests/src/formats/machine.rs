@@ -2,13 +2,13 @@
 
 use super::{Blocks, join, split};
 use heddle_proto::manifest::{Device, Image, MachineSpec};
-use heddle_proto::{AsyncEvent, ClockKind, Hash, QemuEvent};
+use heddle_proto::{AsyncEvent, Hash, QemuEvent};
 use heddle_replay_engine::checks::Checks;
 use heddle_replay_engine::guest;
 use heddle_replay_engine::machine::hart::Hart;
 use heddle_replay_engine::machine::loader::{self, Images};
 use heddle_replay_engine::machine::ram::Ram;
-use heddle_replay_engine::machine::{Disk, Exit, FRAME_BYTES_MAX, Machine, Outside, RAM_BASE};
+use heddle_replay_engine::machine::{Disk, Exit, FRAME_BYTES_MAX, Machine, Nobody, RAM_BASE};
 use heddle_replay_engine::state::{Rest, Snapshot, StateTree};
 use heddle_replay_engine::warp::Warp;
 use std::sync::Arc;
@@ -97,17 +97,6 @@ pub(super) fn check_virtio(bytes: &[u8]) -> bool {
     assert!(frames.iter().all(|frame| frame.len() <= FRAME_BYTES_MAX));
     assert_eq!((frames, machine.take_console()), (again.take_frames(), again.take_console()));
     status == DRIVER_OK
-}
-
-struct Nobody;
-
-impl Outside for Nobody {
-    fn read_clock(&mut self, _: ClockKind, icount: u64, _: &Hart) -> i64 {
-        icount as i64
-    }
-    fn must_stop(&mut self) -> bool {
-        false
-    }
 }
 
 /// Executes the store or the load that the machine's code consists of.
