@@ -116,7 +116,7 @@ impl StateTree {
     }
 
     fn update(&mut self, machine: &mut Machine) {
-        let dirty = machine.ram.take_dirty();
+        let dirty = machine.take_dirty();
         self.ram.update(dirty.iter().map(|page| (*page, page_hash(machine.ram.page(*page)))));
         for (tree, drive) in self.disks.iter_mut().zip(&mut machine.drives) {
             let dirty = drive.disk.take_dirty();
@@ -206,7 +206,7 @@ impl StateTree {
             let whole = bytes.len() == PAGE;
             whole.then(|| machine.ram.write(at, bytes)).flatten().ok_or("a page has another size".into())
         })?;
-        machine.ram.take_dirty();
+        machine.take_dirty();
         let mut disks = vec![];
         for ((blocks, root), drive) in snapshot.disks.iter().zip(&mut machine.drives) {
             disks.push(PageTree::restore(*blocks as usize, *root, source, |block, bytes| {
@@ -300,11 +300,8 @@ fn leaves(machine: &Machine, rest: &Rest) -> Vec<(String, Vec<u8>)> {
         next_bottom_half: machine.next_bottom_half,
         next_request: machine.next_request,
     };
-    // The sink of writes to x0 is no state: it is zero in every leaf.
-    let mut hart = machine.hart.clone();
-    hart.x.truncate(32);
     let mut leaves = vec![
-        ("hart".into(), encode(&hart)),
+        ("hart".into(), encode(&machine.hart)),
         ("clint".into(), encode(&machine.clint)),
         ("plic".into(), encode(&machine.plic)),
         ("uart".into(), encode(&machine.uart)),
@@ -326,8 +323,7 @@ fn put_leaves(machine: &mut Machine, leaves: &[(String, Vec<u8>)]) -> Result<Res
     for (name, bytes) in leaves {
         match name.as_str() {
             "hart" => {
-                let mut hart: Hart = decode(name, bytes)?;
-                hart.x.resize(crate::machine::hart::REGISTERS, 0);
+                let hart: Hart = decode(name, bytes)?;
                 if hart.tlb.len() != crate::machine::hart::TLB_ENTRIES {
                     return Err("snapshot's TLB has another size".into());
                 }

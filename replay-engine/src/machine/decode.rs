@@ -2,16 +2,16 @@
 
 use super::{bits, float};
 
-/// What an operation does. `Undecoded` is the empty slot of the decode cache.
+/// What an operation does.
 ///
-/// The order has a meaning: bit operations from `Sh1add`, then floating point from `Flw`,
-/// then, from `FcvtW`, the floating point that gives an integer.
+/// The order has a meaning: what changes pc from `Jal` to `Bgeu`, what ends a block from
+/// `Illegal` to `Csrrci`, bit operations from `Sh1add`, then floating point from `Flw`,
+/// then, from `FcvtW`, the floating point that gives an integer; last, from `AddiAddi`, pairs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 #[rustfmt::skip]
 #[allow(missing_docs)]
 pub enum Code {
-    Undecoded, Illegal,
     Lui, Auipc, Jal, Jalr,
     Beq, Bne, Blt, Bge, Bltu, Bgeu,
     Lb, Lh, Lw, Ld, Lbu, Lhu, Lwu, Sb, Sh, Sw, Sd,
@@ -23,7 +23,7 @@ pub enum Code {
     LrW, LrD, ScW, ScD,
     AmoswapW, AmoaddW, AmoxorW, AmoandW, AmoorW, AmominW, AmomaxW, AmominuW, AmomaxuW,
     AmoswapD, AmoaddD, AmoxorD, AmoandD, AmoorD, AmominD, AmomaxD, AmominuD, AmomaxuD,
-    Fence, FenceI, Ecall, Ebreak, Mret, Sret, Wfi, SfenceVma,
+    Illegal, FenceI, Ecall, Ebreak, Mret, Sret, Wfi, SfenceVma,
     Csrrw, Csrrs, Csrrc, Csrrwi, Csrrsi, Csrrci,
     Sh1add, Sh2add, Sh3add, AddUw, Sh1addUw, Sh2addUw, Sh3addUw, SlliUw,
     Andn, Orn, Xnor, Clz, Ctz, Cpop, Clzw, Ctzw, Cpopw, Min, Max, Minu, Maxu,
@@ -33,6 +33,14 @@ pub enum Code {
     Fadd, Fsub, Fmul, Fdiv, Fsqrt, Fsgnj, Fsgnjn, Fsgnjx, Fmin, Fmax,
     FcvtFormat, FcvtFromW, FcvtFromWu, FcvtFromL, FcvtFromLu, FmvFromX,
     FcvtW, FcvtWu, FcvtL, FcvtLu, FmvX, Feq, Flt, Fle, Fclass,
+    Fence,
+    AddiAddi, AddAdd, XorXor, SrliwSlliw, AddwAddw, AddwSrliw, SlliSrli, SrliSlli, SlliAdd, SrliAdd,
+    XorOr, OrOr, OrXor, SlliwOr, SlliOr, OrAddw, AddwOr, XorAddw, MulwAddw, AddiMulw, XorAndi,
+    SrliwAddi, AndiSlli, AddiXor, AddiAdd, AddAddi, AddiAddw, AddiAddiw, XorAddiw, AddiAndi, LwAddi,
+    LdAdd, LdAddi, LwXor, LbuAddi, LbuAndi, LbuSrliw, LdXor, LdOr, LwLw, LdLd, LbuLbu, LdSd, AddLw,
+    AddLd, AddLbu, AddiLd, AddiLw, AddiSd, AddiSw, SdSd, SdLd, SdAddi, SwAddi, SbSb, AddwBne,
+    AddiBne, AddiBeq, AddiBltu, AndiBne, AndiBeq, AddBeq, AddBge, AddiwBne, LdBne, LdBeq, LbuBne,
+    LbuBeq, SbBne, AddJal, AddiJal, AddiJalr, AuipcJalr,
 }
 
 /// A register number that swallows writes: x0 as a destination.
@@ -53,11 +61,11 @@ pub struct Op {
     pub imm: i32,
     /// Bytes of the instruction, 2 or 4.
     pub len: u8,
-}
-
-impl Op {
-    /// An empty slot.
-    pub const UNDECODED: Op = Op { code: Code::Undecoded, rd: 0, rs1: 0, rs2: 0, imm: 0, len: 0 };
+    /// In a block: where in its page the next one begins. Then `imm` of what adds it to pc is
+    /// relative to the page, too.
+    pub next: u16,
+    /// In a block: what is done here: `code`, or that and the next one's.
+    pub run: Code,
 }
 
 /// Decodes the instruction in the low bits of `bits`.
@@ -74,7 +82,7 @@ pub fn decode(bits: u32) -> Op {
 }
 
 fn illegal(bits: u32, len: u8) -> Op {
-    Op { code: Code::Illegal, rd: SINK, rs1: 0, rs2: 0, imm: bits as i32, len }
+    Op { code: Code::Illegal, rd: SINK, rs1: 0, rs2: 0, imm: bits as i32, len, next: 0, run: Code::Illegal }
 }
 
 fn decode_32(w: u32, len: u8) -> Op {
@@ -180,7 +188,7 @@ fn decode_32(w: u32, len: u8) -> Op {
     if code == Illegal {
         return illegal(w, len);
     }
-    Op { code, rd: if rd == 0 { SINK } else { rd }, rs1, rs2, imm, len }
+    Op { code, rd: if rd == 0 { SINK } else { rd }, rs1, rs2, imm, len, next: 0, run: code }
 }
 
 fn atomic(f5: u32, f3: u32, rs2: u8) -> Code {

@@ -32,7 +32,6 @@ pub fn disassemble(op: &Op, pc: u64) -> String {
     let imm = op.imm;
     let target = pc.wrapping_add(imm as i64 as u64);
     match op.code {
-        Undecoded => "(not fetched)".into(),
         Illegal => format!("illegal {imm:#010x}"),
         Lui | Auipc => format!("{name} {rd}, {:#x}", imm as u32 >> 12),
         Jal => format!("{name} {rd}, {target:#x}"),

@@ -1,75 +1,33 @@
-//! Executing one instruction.
+//! Executing what the inner loop leaves: what can trap, wait or reach a device.
 
-use super::decode::{Code, Op, decode};
+use super::decode::{Code, Op};
 use super::hart::{Mode, Trap, status};
 use super::memory::Access;
-use super::{Machine, Outside, RAM_BASE, bits};
+use super::run::NO_PAGE;
+use super::{Machine, Outside, RAM_BASE};
 
 const ILLEGAL: u64 = 2;
 const BREAKPOINT: u64 = 3;
 
 impl Machine {
-    /// Executes the instruction at `pc`, which is also in the hart; the next one's place.
-    #[inline(always)]
-    pub(super) fn step(&mut self, pc: u64, outside: &mut dyn Outside) -> Result<u64, Trap> {
-        let op = match self.code.at(pc) {
-            Some((_, op)) if op.code != Code::Undecoded => op,
-            _ => self.fetch_slow(pc)?,
-        };
-        self.execute(op, pc, outside)
-    }
-
-    /// Enters pc's page and decodes the instruction there.
-    #[cold]
-    fn fetch_slow(&mut self, pc: u64) -> Result<Op, Trap> {
-        let ppn = self.fetch_ppn(pc)?;
-        let op = decode(self.fetch_bits(pc)?);
-        if self.hart.fetch_page.is_none() {
-            // Only the instruction is known to be executable, not its page.
-            self.code.leave();
-            return Ok(op);
-        }
-        let ram_page = (ppn << 12).wrapping_sub(RAM_BASE) >> 12;
-        self.code.enter(pc >> 12, ram_page as u32);
-        // One that crosses into the next page depends on that page's mapping too.
-        let crosses = op.len == 4 && pc & 0xfff == 0xffe;
-        if !crosses && let Some((slot, _)) = self.code.at(pc) {
-            self.code.set(slot, op);
-            self.ram.mark_code(ram_page as u32);
-        }
-        Ok(op)
-    }
-
     #[inline(always)]
     pub(super) fn x(&self, n: u8) -> u64 {
-        self.hart.x[n as usize & 63]
+        self.hart.x[n as usize]
     }
 
     #[inline(always)]
     pub(super) fn set(&mut self, n: u8, value: u64) {
-        self.hart.x[n as usize & 63] = value;
+        self.hart.x[n as usize] = value;
     }
 
-    #[inline(always)]
-    #[rustfmt::skip]
-    fn execute(&mut self, op: Op, pc: u64, outside: &mut dyn Outside) -> Result<u64, Trap> {
+    /// Executes an instruction that the inner loop does not: pc and icount are the hart's, `next`
+    /// is the place behind it. Where to go on.
+    #[inline(never)]
+    pub(super) fn execute(&mut self, op: Op, next: u64, outside: &mut dyn Outside) -> Result<u64, Trap> {
         use Code::*;
-        let imm = op.imm as i64 as u64;
-        let a = self.x(op.rs1);
-        let next = pc.wrapping_add(u64::from(op.len));
-        let target = pc.wrapping_add(imm);
-        let at = a.wrapping_add(imm);
+        let pc = self.hart.pc;
+        let at = self.x(op.rs1).wrapping_add(op.imm as i64 as u64);
         let value = match op.code {
-            Lui => imm,
-            Auipc => target,
-            Jal => { self.set(op.rd, next); return Ok(target); }
-            Jalr => { self.set(op.rd, next); return Ok(at & !1); }
-            Beq => return Ok(if a == self.x(op.rs2) { target } else { next }),
-            Bne => return Ok(if a != self.x(op.rs2) { target } else { next }),
-            Blt => return Ok(if (a as i64) < self.x(op.rs2) as i64 { target } else { next }),
-            Bge => return Ok(if a as i64 >= self.x(op.rs2) as i64 { target } else { next }),
-            Bltu => return Ok(if a < self.x(op.rs2) { target } else { next }),
-            Bgeu => return Ok(if a >= self.x(op.rs2) { target } else { next }),
             Lb => self.load::<1>(at, outside)? as i8 as u64,
             Lh => self.load::<2>(at, outside)? as i16 as u64,
             Lw => self.load::<4>(at, outside)? as i32 as u64,
@@ -77,54 +35,16 @@ impl Machine {
             Lbu => self.load::<1>(at, outside)?,
             Lhu => self.load::<2>(at, outside)?,
             Lwu => self.load::<4>(at, outside)?,
-            Sb => { self.store::<1>(at, self.x(op.rs2), outside)?; return Ok(next); }
-            Sh => { self.store::<2>(at, self.x(op.rs2), outside)?; return Ok(next); }
-            Sw => { self.store::<4>(at, self.x(op.rs2), outside)?; return Ok(next); }
-            Sd => { self.store::<8>(at, self.x(op.rs2), outside)?; return Ok(next); }
-            Addi => at,
-            Slti => u64::from((a as i64) < imm as i64),
-            Sltiu => u64::from(a < imm),
-            Xori => a ^ imm,
-            Ori => a | imm,
-            Andi => a & imm,
-            Slli => a << (imm & 63),
-            Srli => a >> (imm & 63),
-            Srai => (a as i64 >> (imm & 63)) as u64,
-            Add => a.wrapping_add(self.x(op.rs2)),
-            Sub => a.wrapping_sub(self.x(op.rs2)),
-            Sll => a << (self.x(op.rs2) & 63),
-            Slt => u64::from((a as i64) < self.x(op.rs2) as i64),
-            Sltu => u64::from(a < self.x(op.rs2)),
-            Xor => a ^ self.x(op.rs2),
-            Srl => a >> (self.x(op.rs2) & 63),
-            Sra => (a as i64 >> (self.x(op.rs2) & 63)) as u64,
-            Or => a | self.x(op.rs2),
-            And => a & self.x(op.rs2),
-            Addiw => at as i32 as u64,
-            Slliw => ((a as u32) << (imm & 31)) as i32 as u64,
-            Srliw => (a as u32 >> (imm & 31)) as i32 as u64,
-            Sraiw => (a as i32 >> (imm & 31)) as u64,
-            Addw => a.wrapping_add(self.x(op.rs2)) as i32 as u64,
-            Subw => a.wrapping_sub(self.x(op.rs2)) as i32 as u64,
-            Sllw => ((a as u32) << (self.x(op.rs2) & 31)) as i32 as u64,
-            Srlw => (a as u32 >> (self.x(op.rs2) & 31)) as i32 as u64,
-            Sraw => (a as i32 >> (self.x(op.rs2) & 31)) as u64,
-            Mul => a.wrapping_mul(self.x(op.rs2)),
-            Mulh => ((a as i64 as i128 * self.x(op.rs2) as i64 as i128) >> 64) as u64,
-            Mulhsu => ((a as i64 as i128).wrapping_mul(self.x(op.rs2) as i128) >> 64) as u64,
-            Mulhu => ((a as u128 * self.x(op.rs2) as u128) >> 64) as u64,
-            Div => divide_signed(a as i64, self.x(op.rs2) as i64) as u64,
-            Divu => a.checked_div(self.x(op.rs2)).unwrap_or(u64::MAX),
-            Rem => remainder_signed(a as i64, self.x(op.rs2) as i64) as u64,
-            Remu => a.checked_rem(self.x(op.rs2)).unwrap_or(a),
-            Mulw => a.wrapping_mul(self.x(op.rs2)) as i32 as u64,
-            Divw => divide_signed(a as i32 as i64, self.x(op.rs2) as i32 as i64) as i32 as u64,
-            Divuw => (a as u32).checked_div(self.x(op.rs2) as u32).unwrap_or(u32::MAX) as i32 as u64,
-            Remw => remainder_signed(a as i32 as i64, self.x(op.rs2) as i32 as i64) as i32 as u64,
-            Remuw => (a as u32).checked_rem(self.x(op.rs2) as u32).unwrap_or(a as u32) as i32 as u64,
-            Fence => return Ok(next),
-            // Calls, so that code without these extensions pays for none of them.
-            _ if op.code.is_bit_operation() => bits::execute(op.code, a, self.x(op.rs2), imm),
+            Sb | Sh | Sw | Sd => {
+                let value = self.x(op.rs2);
+                match op.code {
+                    Sb => self.store::<1>(at, value, outside)?,
+                    Sh => self.store::<2>(at, value, outside)?,
+                    Sw => self.store::<4>(at, value, outside)?,
+                    _ => self.store::<8>(at, value, outside)?,
+                }
+                return Ok(next);
+            }
             _ if op.code.is_float() => return self.execute_float(op, pc, next, outside),
             _ => return self.execute_rare(op, pc, next, outside),
         };
@@ -149,7 +69,7 @@ impl Machine {
             FenceI => {
                 // Stores outdate decoded code at once: only the fetch translation is renewed.
                 self.hart.fetch_page = None;
-                self.code.leave();
+                self.here = NO_PAGE;
             }
             Mret if self.hart.mode == Mode::Machine => {
                 self.hart.return_machine();
@@ -301,10 +221,10 @@ impl Machine {
     }
 }
 
-fn divide_signed(a: i64, b: i64) -> i64 {
+pub(super) fn divide_signed(a: i64, b: i64) -> i64 {
     if b == 0 { -1 } else { a.wrapping_div(b) }
 }
 
-fn remainder_signed(a: i64, b: i64) -> i64 {
+pub(super) fn remainder_signed(a: i64, b: i64) -> i64 {
     if b == 0 { a } else { a.wrapping_rem(b) }
 }

@@ -11,12 +11,12 @@ use super::hart::{Mode, TLB_ENTRIES};
 struct Entry {
     /// The virtual address of its first byte; one that no access has, if empty.
     tag: u64,
-    /// What to add to a virtual address for the offset in RAM.
-    to_ram: u64,
+    /// Its number in RAM.
+    page: usize,
 }
 
 /// What is compared has at most three of the low twelve bits.
-const EMPTY: Entry = Entry { tag: u64::MAX, to_ram: 0 };
+const EMPTY: Entry = Entry { tag: u64::MAX, page: 0 };
 
 /// Under whose rights data is accessed: a set of entries for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +32,7 @@ pub(super) enum Rights {
     Other = 4 * TLB_ENTRIES,
 }
 
-const SETS: usize = 8;
+const SETS: usize = 5;
 
 impl Rights {
     /// Of this mode of translated accesses, or of none.
@@ -51,14 +51,16 @@ impl Rights {
 
 /// The entries, of loads and of stores apart.
 pub(super) struct FastTlb {
-    sets: [Box<[Entry; SETS * TLB_ENTRIES]>; 2],
+    loads: Vec<Entry>,
+    /// Only of pages that take any store without telling anybody.
+    stores: Vec<Entry>,
     rights: Rights,
 }
 
 impl FastTlb {
     pub(super) fn new() -> FastTlb {
-        let set = || Box::new([EMPTY; SETS * TLB_ENTRIES]);
-        FastTlb { sets: [set(), set()], rights: Rights::Other }
+        let set = || vec![EMPTY; SETS * TLB_ENTRIES];
+        FastTlb { loads: set(), stores: set(), rights: Rights::Other }
     }
 
     /// From now on accesses have these rights.
@@ -67,30 +69,34 @@ impl FastTlb {
     }
 
     fn slot(&self, va: u64) -> usize {
-        // The mask is there for the compiler alone: it spares a check.
-        (self.rights as usize + (va >> 12) as usize % TLB_ENTRIES) % (SETS * TLB_ENTRIES)
+        self.rights as usize + (va >> 12) as usize % TLB_ENTRIES
     }
 
-    /// The offset in RAM of `N` aligned bytes at `va`, if that is known.
     #[inline(always)]
-    pub(super) fn find<const N: usize>(&self, va: u64, is_store: bool) -> Option<u64> {
-        let entry = self.sets[usize::from(is_store)][self.slot(va)];
-        let page_and_low_bits = va & (!0xfff | (N as u64 - 1));
-        (page_and_low_bits == entry.tag).then(|| va.wrapping_add(entry.to_ram))
+    fn set(&self, is_store: bool) -> &[Entry] {
+        if is_store { &self.stores } else { &self.loads }
     }
 
-    /// `va` was allowed, and lies at `offset` in RAM.
-    pub(super) fn learn(&mut self, va: u64, offset: u64, is_store: bool) {
+    /// The page of RAM that `N` aligned bytes at `va` lie in, if that is known.
+    #[inline(always)]
+    pub(super) fn find<const N: usize>(&self, va: u64, is_store: bool) -> Option<usize> {
+        let entry = self.set(is_store).get(self.slot(va))?;
+        let page_and_low_bits = va & (!0xfff | (N as u64 - 1));
+        (page_and_low_bits == entry.tag).then_some(entry.page)
+    }
+
+    /// `va` was allowed, and lies in this page of RAM.
+    pub(super) fn learn(&mut self, va: u64, page: usize, is_store: bool) {
+        let slot = self.slot(va);
+        let set = if is_store { &mut self.stores } else { &mut self.loads };
         if self.rights != Rights::Other {
-            let slot = self.slot(va);
-            self.sets[usize::from(is_store)][slot] =
-                Entry { tag: va & !0xfff, to_ram: offset.wrapping_sub(va) };
+            set[slot] = Entry { tag: va & !0xfff, page };
         }
     }
 
     /// The TLB's entry of `vpn` is another one now.
     pub(super) fn forget_entry(&mut self, vpn: u64) {
-        for set in &mut self.sets {
+        for set in [&mut self.loads, &mut self.stores] {
             for rights in [Rights::User, Rights::Supervisor, Rights::SupervisorSum] {
                 set[rights as usize + vpn as usize % TLB_ENTRIES] = EMPTY;
             }
@@ -99,8 +105,12 @@ impl FastTlb {
 
     /// Nothing is known any more.
     pub(super) fn forget(&mut self) {
-        for set in &mut self.sets {
-            set[..Rights::Other as usize].fill(EMPTY);
-        }
+        self.loads.fill(EMPTY);
+        self.forget_stores();
+    }
+
+    /// Which pages take any store is not known any more.
+    pub(super) fn forget_stores(&mut self) {
+        self.stores.fill(EMPTY);
     }
 }

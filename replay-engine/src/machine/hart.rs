@@ -2,7 +2,9 @@
 
 use super::decode::SINK;
 use super::pmp::Pmp;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::ops::{Deref, DerefMut};
 
 /// Privilege modes by their encoding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -113,9 +115,7 @@ impl TlbEntry {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct Hart {
-    /// x0..x31, then the sink of writes to x0, then padding that lets an
-    /// index be masked instead of checked.
-    pub x: Vec<u64>,
+    pub x: Registers,
     pub pc: u64,
     /// f0..f31; a binary32 has ones above it.
     pub f: [u64; 32],
@@ -166,14 +166,59 @@ pub struct Hart {
     pub tlb: Vec<TlbEntry>,
 }
 
-/// Registers with the sink and padding.
-pub const REGISTERS: usize = 64;
+/// Registers with the sink and padding: any byte is an index.
+const REGISTERS: usize = 256;
+
+/// x0..x31, then the sink of writes to x0, then padding, so that no index needs a check. The sink
+/// is no state: only the 32 are compared, and serialized.
+#[derive(Clone, Debug)]
+pub struct Registers([u64; REGISTERS]);
+
+impl Deref for Registers {
+    type Target = [u64; REGISTERS];
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl DerefMut for Registers {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.0
+    }
+}
+
+impl PartialEq for Registers {
+    fn eq(&self, other: &Registers) -> bool {
+        self.0[..SINK as usize] == other.0[..SINK as usize]
+    }
+}
+
+impl Eq for Registers {}
+
+impl Serialize for Registers {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.0[..SINK as usize].serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Registers {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Registers, D::Error> {
+        let values = Vec::<u64>::deserialize(deserializer)?;
+        let mut registers = [0; REGISTERS];
+        if values.len() != SINK as usize {
+            return Err(D::Error::custom(format!("a hart has 32 registers, not {}", values.len())));
+        }
+        registers[..SINK as usize].copy_from_slice(&values);
+        Ok(Registers(registers))
+    }
+}
 
 impl Hart {
     /// After reset, about to execute at `pc`.
     pub fn new(pc: u64) -> Hart {
         Hart {
-            x: vec![0; REGISTERS],
+            x: Registers([0; REGISTERS]),
             pc,
             f: [0; 32],
             fcsr: 0,

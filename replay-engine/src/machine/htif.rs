@@ -53,6 +53,7 @@ impl Machine {
     pub(super) fn watch_again(&mut self) {
         if let Some(htif) = &self.htif {
             self.ram.watch(htif.tohost);
+            self.fast.forget_stores();
         }
         self.see_tohost();
     }

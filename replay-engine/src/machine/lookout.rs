@@ -82,7 +82,7 @@ impl Lookout {
     /// The instruction at pc is the next one; whether to hold before it.
     pub(super) fn look(&mut self, icount: u64, hart: &Hart, bits: Option<u32>) -> bool {
         let is_breakpoint = self.breakpoints.binary_search(&hart.pc).is_ok();
-        let access = bits.and_then(|bits| Access::of(bits, &hart.x));
+        let access = bits.and_then(|bits| Access::of(bits, &hart.x[..]));
         let watched = access.and_then(|access| self.watchpoints.iter().find(|w| access.touches(w)));
         match self.search {
             Search::Here => self.is_holding = true,

@@ -6,6 +6,8 @@
 use super::fast::Rights;
 use super::hart::{Mode, TLB_ENTRIES, TlbEntry, Trap, status};
 use super::pmp::Regions;
+use super::ram::PAGE;
+use super::run::NO_PAGE;
 use super::{Machine, Outside, RAM_BASE};
 
 /// PTE bits.
@@ -70,7 +72,7 @@ impl Machine {
         let has = |bit| self.hart.mstatus & bit != 0;
         self.fast.set_rights(Rights::of(self.data_paging, has(status::SUM), has(status::MXR)));
         if self.hart.fetch_page.is_none() {
-            self.code.leave();
+            self.here = NO_PAGE;
         }
         self.attention = true;
     }
@@ -134,8 +136,9 @@ impl Machine {
         let holds = self
             .data_paging
             .is_none_or(|mode| entry.vpn == vpn && self.allows(u64::from(entry.permissions), access, mode));
-        if holds {
-            self.fast.learn(va, at, access == Access::Store);
+        let (page, is_store) = (at as usize / PAGE, access == Access::Store);
+        if holds && (!is_store || self.ram.takes_any_store(page)) {
+            self.fast.learn(va, page, is_store);
         }
     }
 
@@ -291,10 +294,24 @@ impl Machine {
         Some(low | half(pc.wrapping_add(2))? << 16)
     }
 
-    /// Loads `N` bytes, zero-extended.
+    /// Loads `N` aligned bytes, zero-extended, if it is known where from.
     #[inline(always)]
+    pub(super) fn load_known<const N: usize>(&self, va: u64) -> Option<u64> {
+        self.ram.load_in::<N>(self.fast.find::<N>(va, false)?, va)
+    }
+
+    /// Stores `N` aligned bytes, if it is known where to, and that nobody is to be told.
+    #[inline(always)]
+    pub(super) fn store_known<const N: usize>(&mut self, va: u64, value: u64) -> bool {
+        match self.fast.find::<N>(va, true) {
+            Some(page) => self.ram.store_in::<N>(page, va, value),
+            None => false,
+        }
+    }
+
+    /// Loads `N` bytes, zero-extended.
     pub(super) fn load<const N: usize>(&mut self, va: u64, outside: &mut dyn Outside) -> Result<u64, Trap> {
-        if let Some(value) = self.fast.find::<N>(va, false).and_then(|at| self.ram.load::<N>(at)) {
+        if let Some(value) = self.load_known::<N>(va) {
             return Ok(value);
         }
         self.load_slow::<N>(va, outside)
@@ -317,16 +334,13 @@ impl Machine {
     }
 
     /// Stores `N` bytes.
-    #[inline(always)]
     pub(super) fn store<const N: usize>(
         &mut self,
         va: u64,
         value: u64,
         outside: &mut dyn Outside,
     ) -> Result<(), Trap> {
-        if let Some(at) = self.fast.find::<N>(va, true)
-            && self.ram.store_written::<N>(at, value)
-        {
+        if self.store_known::<N>(va, value) {
             return Ok(());
         }
         self.store_slow::<N>(va, value, outside)

@@ -22,10 +22,12 @@ pub mod loader;
 pub mod lookout;
 mod memory;
 mod output;
+mod pairs;
 mod plic;
 pub mod pmp;
 pub mod ram;
 mod rtc;
+mod run;
 mod slots;
 mod uart;
 mod virtio;
@@ -51,6 +53,7 @@ use plic::Plic;
 use pmp::Regions;
 use ram::Ram;
 use rtc::Rtc;
+use run::NO_PAGE;
 use serde::{Deserialize, Serialize};
 use uart::Uart;
 use virtio_block::VirtioBlock;
@@ -170,6 +173,8 @@ pub struct Machine {
     /// The guest switched off by asking for a reset; not state.
     wants_reset: bool,
     code: CodeCache,
+    /// The virtual page that the code cache's current one is at, while it is known.
+    here: u64,
     fast: FastTlb,
     /// Look up before the next instruction: interrupts, or a reason to leave.
     attention: bool,
@@ -210,6 +215,7 @@ impl Machine {
             htif: None,
             wants_reset: false,
             code: CodeCache::new(pages),
+            here: NO_PAGE,
             fast: FastTlb::new(),
             attention: true,
             work: false,
@@ -238,6 +244,7 @@ impl Machine {
     /// State was put in from outside: what is derived from it is made anew.
     pub(crate) fn refresh(&mut self) {
         self.code = CodeCache::new(self.ram.len() / ram::PAGE);
+        self.here = NO_PAGE;
         self.watch_again();
         self.regions = Regions::of(&self.hart.pmp);
         self.fast.forget();
@@ -247,6 +254,12 @@ impl Machine {
     /// Guest RAM.
     pub fn ram(&self) -> &Ram {
         &self.ram
+    }
+
+    /// Pages of RAM written since the last call.
+    pub(crate) fn take_dirty(&mut self) -> Vec<u32> {
+        self.fast.forget_stores();
+        self.ram.take_dirty()
     }
 
     /// The virtual clock now, in nanoseconds.
@@ -290,43 +303,6 @@ impl Machine {
         }
     }
 
-    /// `TRACE`: somebody wants to see every instruction before it runs.
-    fn run_loop<const TRACE: bool>(&mut self, until: u64, outside: &mut dyn Outside) -> Exit {
-        // Kept in registers. The machine has them, too, before anything can look: written each
-        // time, but never read back from memory, which would make each instruction wait.
-        let (mut pc, mut icount) = (self.hart.pc, self.icount);
-        loop {
-            self.hart.pc = pc;
-            self.icount = icount;
-            // Before anything is attended to: what the last instruction made pending is
-            // taken at the next run's start, whoever asked this run to end.
-            if icount >= until {
-                return Exit::Budget;
-            }
-            if self.attention {
-                if let Some(exit) = self.attend(outside) {
-                    return exit;
-                }
-                pc = self.hart.pc;
-            }
-            if TRACE && self.look_out() {
-                return Exit::Stopped;
-            }
-            if TRACE && let Some(trace) = &mut self.trace {
-                *trace = (trace.rotate_left(1) ^ self.hart.quick_fold()).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            }
-            match self.step(pc, outside) {
-                Ok(next) => pc = next,
-                Err(trap) => {
-                    self.hart.enter_trap(trap.cause, trap.tval);
-                    self.update_paging();
-                    pc = self.hart.pc;
-                }
-            }
-            icount += 1;
-        }
-    }
-
     /// Shows the next instruction to the lookout; whether the run is held before it.
     fn look_out(&mut self) -> bool {
         let Some(lookout) = &self.lookout else { return false };
@@ -342,10 +318,11 @@ impl Machine {
 
     /// Wakes or takes an interrupt, or says why to leave the run.
     #[cold]
-    fn attend(&mut self, outside: &mut dyn Outside) -> Option<Exit> {
+    fn attend(&mut self, code: &mut CodeCache, outside: &mut dyn Outside) -> Option<Exit> {
         self.attention = false;
         if self.ram.has_stale_code() {
-            self.code.forget(self.ram.take_stale_code());
+            code.forget(self.ram.take_stale_code());
+            self.here = NO_PAGE;
             self.see_tohost();
         }
         if outside.must_stop() {

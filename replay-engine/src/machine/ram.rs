@@ -10,7 +10,7 @@ const WATCHED: u8 = 4;
 /// RAM with page tracking. Addresses are offsets from its base.
 #[derive(Clone, Debug)]
 pub struct Ram {
-    bytes: Vec<u8>,
+    pages: Vec<[u8; PAGE]>,
     flags: Vec<u8>,
     /// Pages written since [`Ram::take_dirty`], each once.
     dirty: Vec<u32>,
@@ -22,56 +22,63 @@ impl Ram {
     /// `bytes` of zeros, a multiple of [`PAGE`].
     pub fn new(bytes: usize) -> Ram {
         assert!(bytes % PAGE == 0, "the manifest bounds memory to whole pages");
-        Ram { bytes: vec![0; bytes], flags: vec![0; bytes / PAGE], dirty: vec![], stale_code: vec![] }
+        let pages = bytes / PAGE;
+        Ram { pages: vec![[0; PAGE]; pages], flags: vec![0; pages], dirty: vec![], stale_code: vec![] }
     }
 
     /// Its size.
     pub fn len(&self) -> usize {
-        self.bytes.len()
+        self.pages.len() * PAGE
     }
 
     /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
-        self.bytes.is_empty()
+        self.pages.is_empty()
     }
 
     /// Little-endian load of `N` bytes, `None` beyond the end.
     #[inline(always)]
     pub fn load<const N: usize>(&self, at: u64) -> Option<u64> {
-        let at = usize::try_from(at).ok()?;
-        let from = self.bytes.get(at..at.checked_add(N)?)?;
-        let mut out = [0; 8];
-        out[..N].copy_from_slice(from);
-        Some(u64::from_le_bytes(out))
+        Some(value(self.slice(at, N)?.first_chunk::<N>()?))
+    }
+
+    /// The same of aligned bytes of a page, by its number.
+    #[inline(always)]
+    pub(super) fn load_in<const N: usize>(&self, page: usize, va: u64) -> Option<u64> {
+        let bytes = &self.pages.get(page)?[va as usize % PAGE & !(N - 1)..];
+        Some(value(bytes.first_chunk::<N>()?))
     }
 
     /// Little-endian store of `N` bytes, `None` beyond the end. May not cross a page.
     #[inline(always)]
     pub fn store<const N: usize>(&mut self, at: u64, value: u64) -> Option<()> {
         let at = usize::try_from(at).ok()?;
-        let to = self.bytes.get_mut(at..at.checked_add(N)?)?;
-        to.copy_from_slice(&value.to_le_bytes()[..N]);
+        let to = self.pages.get_mut(at / PAGE)?.get_mut(at % PAGE..at % PAGE + N)?;
+        *to.first_chunk_mut::<N>()? = *value.to_le_bytes().first_chunk::<N>()?;
         if self.flags[at / PAGE] != DIRTY {
             self.mark_written(at / PAGE);
         }
         Some(())
     }
 
-    /// The same for a page that is known to be written and has no decoded code, which most
-    /// stores go to; `false` if it is another, and nothing is done.
+    /// Stores aligned bytes in a page, by its number, which [`Ram::takes_any_store`].
     #[inline(always)]
-    pub fn store_written<const N: usize>(&mut self, at: u64, value: u64) -> bool {
-        let at = at as usize;
-        if self.flags.get(at / PAGE) != Some(&DIRTY) {
-            return false;
-        }
-        match self.bytes.get_mut(at..at.wrapping_add(N)) {
-            Some(to) => {
-                to.copy_from_slice(&value.to_le_bytes()[..N]);
+    pub(super) fn store_in<const N: usize>(&mut self, page: usize, va: u64, value: u64) -> bool {
+        let to = self.pages.get_mut(page).map(|page| &mut page[va as usize % PAGE & !(N - 1)..]);
+        match (to.and_then(|to| to.first_chunk_mut::<N>()), value.to_le_bytes().first_chunk::<N>()) {
+            (Some(to), Some(from)) => {
+                *to = *from;
                 true
             }
-            None => false,
+            _ => false,
         }
+    }
+
+    /// Whether nobody is to be told of a store to a page: it is known to be written, has no
+    /// decoded code, and is not watched. Until [`Ram::take_dirty`], [`Ram::mark_code`] or
+    /// [`Ram::watch`].
+    pub(super) fn takes_any_store(&self, page: usize) -> bool {
+        self.flags.get(page) == Some(&DIRTY)
     }
 
     #[cold]
@@ -89,13 +96,14 @@ impl Ram {
     /// The bytes at `at`, `None` if any lies beyond the end.
     pub fn slice(&self, at: u64, len: usize) -> Option<&[u8]> {
         let at = usize::try_from(at).ok()?;
-        self.bytes.get(at..at.checked_add(len)?)
+        self.pages.as_flattened().get(at..at.checked_add(len)?)
     }
 
     /// Writes bytes, across pages if need be; `None` if any lies beyond the end.
     pub fn write(&mut self, at: u64, from: &[u8]) -> Option<()> {
         let at = usize::try_from(at).ok()?;
-        self.bytes.get_mut(at..at.checked_add(from.len())?)?.copy_from_slice(from);
+        let to = self.pages.as_flattened_mut().get_mut(at..at.checked_add(from.len())?)?;
+        to.copy_from_slice(from);
         if !from.is_empty() {
             for page in at / PAGE..=(at + from.len() - 1) / PAGE {
                 if self.flags[page] != DIRTY {
@@ -108,11 +116,11 @@ impl Ram {
 
     /// The bytes of a page.
     pub fn page(&self, page: u32) -> &[u8] {
-        &self.bytes[page as usize * PAGE..][..PAGE]
+        &self.pages[page as usize]
     }
 
     /// Pages written since the last call.
-    pub fn take_dirty(&mut self) -> Vec<u32> {
+    pub(super) fn take_dirty(&mut self) -> Vec<u32> {
         for page in &self.dirty {
             self.flags[*page as usize] &= !DIRTY;
         }
@@ -125,12 +133,12 @@ impl Ram {
     }
 
     /// Notes that a page has decoded code, so that a write to it is told.
-    pub fn mark_code(&mut self, page: u32) {
+    pub(super) fn mark_code(&mut self, page: u32) {
         self.flags[page as usize] |= CODE;
     }
 
     /// Has every write to the page at `at` told, as if it had code.
-    pub fn watch(&mut self, at: u64) {
+    pub(super) fn watch(&mut self, at: u64) {
         self.flags[at as usize / PAGE] |= WATCHED;
     }
 
@@ -144,4 +152,12 @@ impl Ram {
     pub fn take_stale_code(&mut self) -> Vec<u32> {
         std::mem::take(&mut self.stale_code)
     }
+}
+
+fn value<const N: usize>(bytes: &[u8; N]) -> u64 {
+    let mut wide = [0; 8];
+    for (to, from) in wide.iter_mut().zip(bytes) {
+        *to = *from;
+    }
+    u64::from_le_bytes(wide)
 }

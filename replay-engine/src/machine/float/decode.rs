@@ -42,7 +42,7 @@ pub(in crate::machine) fn decode(w: u32, len: u8) -> Option<Op> {
     let f3 = w >> 12 & 7;
     let op = |code: Code, imm: i32| {
         let rd = if code.writes_integer() && field(7) == 0 { SINK } else { field(7) };
-        Op { code, rd, rs1: field(15), rs2: field(20), imm, len }
+        Op { code, rd, rs1: field(15), rs2: field(20), imm, len, next: 0, run: code }
     };
     let offset = (w as i32) >> 20;
     match w & 0x7f {
@@ -118,12 +118,12 @@ impl Code {
     /// An instruction of F or D.
     #[inline(always)]
     pub fn is_float(self) -> bool {
-        self as u8 >= Code::Flw as u8
+        (Code::Flw as u8..=Code::Fclass as u8).contains(&(self as u8))
     }
 
     /// A floating-point operation whose destination is an integer register.
     pub(super) fn writes_integer(self) -> bool {
-        self as u8 >= Code::FcvtW as u8
+        (Code::FcvtW as u8..=Code::Fclass as u8).contains(&(self as u8))
     }
 
     /// The operation has a rounding mode; a reserved one is illegal even where nothing is rounded.
