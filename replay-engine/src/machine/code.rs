@@ -8,38 +8,34 @@ use super::ram::PAGE;
 
 /// Places in a page that an instruction can begin at.
 const SLOTS: usize = PAGE / 2;
-/// Pages kept (some 100 MB); beyond it all are forgotten.
+/// Pages kept (32 MB of places); beyond it all are forgotten.
 const PAGES_MAX: usize = 4096;
+/// Operations kept (48 MB), with those that were outdated since; beyond it all are forgotten.
+const OPS_MAX: usize = 1 << 22;
 /// Operations in a block. Where a run ends in the middle of one it is cut, so this is no bound
 /// on how exact a run is.
-const BLOCK_MAX: usize = 64;
-/// Operations kept of a page, so that places fit 16 bits; beyond it the page's are forgotten.
-const OPS_MAX: usize = u16::MAX as usize - BLOCK_MAX;
+const BLOCK_MAX: usize = (1 << Block::COUNT_BITS) - 1;
 const NONE: u32 = u32::MAX;
 
-/// Where a block lies among its page's operations; `count` 0 is one not decoded yet.
+/// Where a block lies among the operations, and how many it has: none, if it was not decoded yet.
 #[derive(Clone, Copy, Debug, Default)]
-struct Block {
-    from: u16,
-    count: u16,
-}
+struct Block(u32);
 
-/// A page's blocks. Those that overlap have what they share twice.
-#[derive(Debug)]
-struct Page {
-    /// By place in the page.
-    blocks: Box<[Block; SLOTS]>,
-    ops: Vec<Op>,
-}
+impl Block {
+    const COUNT_BITS: u32 = 6;
 
-impl Page {
-    fn new() -> Page {
-        Page { blocks: Box::new([Block::default(); SLOTS]), ops: vec![] }
+    fn new(from: usize, count: usize) -> Block {
+        Block((from << Block::COUNT_BITS | count) as u32)
     }
 
-    fn clear(&mut self) {
-        self.blocks.fill(Block::default());
-        self.ops.clear();
+    #[inline(always)]
+    fn from(self) -> usize {
+        (self.0 >> Block::COUNT_BITS) as usize
+    }
+
+    #[inline(always)]
+    fn count(self) -> usize {
+        self.0 as usize % (1 << Block::COUNT_BITS)
     }
 }
 
@@ -53,14 +49,16 @@ pub(super) fn cut(ops: &[Op], count: usize) -> Vec<Op> {
     ops
 }
 
-/// Pages of blocks.
+/// Pages of blocks. Those that overlap have what they share twice.
 #[derive(Debug, Default)]
 pub(super) struct CodeCache {
-    pages: Vec<Page>,
-    /// By RAM page: its place in `pages`.
+    ops: Vec<Op>,
+    /// By place in a page, page after page.
+    blocks: Vec<Block>,
+    /// By RAM page: where its blocks begin, in pages.
     places: Vec<u32>,
     free: Vec<u32>,
-    /// The page being executed: its place.
+    /// The page being executed: its first block.
     current: usize,
 }
 
@@ -72,9 +70,8 @@ impl CodeCache {
     /// The block at `pc`, which lies in the current page; empty, if it was not decoded yet.
     #[inline(always)]
     pub(super) fn block(&self, pc: u64) -> &[Op] {
-        let Some(page) = self.pages.get(self.current) else { return &[] };
-        let Block { from, count } = page.blocks[(pc as usize % PAGE) / 2];
-        page.ops.get(from as usize..from as usize + count as usize).unwrap_or(&[])
+        let block = self.blocks.get(self.current + (pc as usize % PAGE) / 2).copied().unwrap_or_default();
+        self.ops.get(block.from()..block.from() + block.count()).unwrap_or(&[])
     }
 
     /// Makes RAM page `ram_page` the current one.
@@ -82,33 +79,43 @@ impl CodeCache {
         if self.places[ram_page as usize] == NONE {
             self.add_page(ram_page);
         }
-        self.current = self.places[ram_page as usize] as usize;
+        self.current = self.places[ram_page as usize] as usize * SLOTS;
     }
 
     #[cold]
     fn add_page(&mut self, ram_page: u32) {
-        if self.free.is_empty() && self.pages.len() >= PAGES_MAX {
-            self.places.fill(NONE);
-            self.free.extend(0..self.pages.len() as u32);
+        let pages = self.blocks.len() / SLOTS;
+        if self.free.is_empty() && pages >= PAGES_MAX {
+            self.forget_all();
         }
-        let place = self.free.pop().unwrap_or(self.pages.len() as u32);
-        match self.pages.get_mut(place as usize) {
-            Some(page) => page.clear(),
-            None => self.pages.push(Page::new()),
-        }
+        let place = match self.free.pop() {
+            Some(place) => place,
+            None => {
+                self.blocks.resize((pages + 1) * SLOTS, Block::default());
+                pages as u32
+            }
+        };
         self.places[ram_page as usize] = place;
     }
 
-    /// Decodes the block at byte `at` of the current page, which has these bytes. `false`: its
-    /// first instruction ends in the next page, so that it depends on more than this one.
-    pub(super) fn decode_block(&mut self, bytes: &[u8], at: usize) -> bool {
-        let page = &mut self.pages[self.current];
-        if page.ops.len() > OPS_MAX {
-            page.clear();
+    fn forget_all(&mut self) {
+        self.places.fill(NONE);
+        self.blocks.fill(Block::default());
+        self.ops.clear();
+        self.free = (0..(self.blocks.len() / SLOTS) as u32).collect();
+    }
+
+    /// Decodes the block at byte `at` of RAM page `ram_page`, the current one, which has these
+    /// bytes. `false`: its first instruction ends in the next page, so that it depends on more
+    /// than this one.
+    pub(super) fn decode_block(&mut self, ram_page: u32, bytes: &[u8], at: usize) -> bool {
+        if self.ops.len() + BLOCK_MAX > OPS_MAX {
+            self.forget_all();
+            self.enter(ram_page);
         }
-        let from = page.ops.len();
+        let from = self.ops.len();
         let mut next = at;
-        while page.ops.len() - from < BLOCK_MAX && next < PAGE {
+        while self.ops.len() - from < BLOCK_MAX && next < PAGE {
             let half = |at: usize| bytes.get(at..at + 2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]])));
             let low = half(next).unwrap_or(0);
             let bits = match half(next + 2) {
@@ -118,14 +125,14 @@ impl CodeCache {
             };
             let op = decode(bits).placed(next);
             next = op.next as usize;
-            page.ops.push(op);
+            self.ops.push(op);
             if op.code.ends_block() {
                 break;
             }
         }
-        pair_up(&mut page.ops[from..]);
-        let count = page.ops.len() - from;
-        page.blocks[at / 2] = Block { from: from as u16, count: count as u16 };
+        pair_up(&mut self.ops[from..]);
+        let count = self.ops.len() - from;
+        self.blocks[self.current + at / 2] = Block::new(from, count);
         count > 0
     }
 
@@ -134,6 +141,7 @@ impl CodeCache {
         for ram_page in ram_pages {
             let place = std::mem::replace(&mut self.places[ram_page as usize], NONE);
             if place != NONE {
+                self.blocks[place as usize * SLOTS..][..SLOTS].fill(Block::default());
                 self.free.push(place);
             }
         }

@@ -35,14 +35,15 @@ impl Machine {
         until: u64,
         outside: &mut dyn Outside,
     ) -> Exit {
-        let (mut pc, mut icount) = (self.hart.pc, self.icount);
+        // icount is `until - left`; hart and machine have it, and pc, before anybody looks.
+        let (mut pc, mut left) = (self.hart.pc, until - self.icount);
         let mut single;
         loop {
             // Before anything is attended to: what the last instruction made pending is
             // taken at the next run's start, whoever asked this run to end.
-            if self.attention || icount >= until {
-                (self.hart.pc, self.icount) = (pc, icount);
-                if icount >= until {
+            if self.attention || left == 0 {
+                (self.hart.pc, self.icount) = (pc, until - left);
+                if left == 0 {
                     return Exit::Budget;
                 }
                 if let Some(exit) = self.attend(cache, outside) {
@@ -51,7 +52,7 @@ impl Machine {
                 pc = self.hart.pc;
             }
             if TRACE {
-                (self.hart.pc, self.icount) = (pc, icount);
+                (self.hart.pc, self.icount) = (pc, until - left);
                 if self.look_out() {
                     return Exit::Stopped;
                 }
@@ -61,7 +62,7 @@ impl Machine {
             }
             let mut ops = if pc >> 12 == self.here { cache.block(pc) } else { &[] };
             if ops.is_empty() {
-                (self.hart.pc, self.icount) = (pc, icount);
+                (self.hart.pc, self.icount) = (pc, until - left);
                 ops = match self.enter(cache, pc) {
                     Ok(None) => cache.block(pc),
                     Ok(Some(op)) => {
@@ -69,18 +70,19 @@ impl Machine {
                         std::slice::from_ref(&single)
                     }
                     Err(trap) => {
-                        icount += 1;
+                        left -= 1;
                         pc = self.trap(trap);
                         continue;
                     }
                 };
             }
-            let room = if TRACE { 1 } else { until - icount };
             let cut;
+            let room = if TRACE { 1 } else { left };
             if ops.len() as u64 > room {
                 cut = code::cut(ops, room as usize);
                 ops = &cut;
             }
+            left = left.wrapping_sub(ops.len() as u64);
             let page = pc & !0xfff;
             let mut rest = ops.iter();
             // The operation, the values of its two registers, its immediate, and what three in
@@ -90,7 +92,7 @@ impl Machine {
                 () => {
                     op = match rest.next() {
                         Some(next) => next,
-                        None => break (ops.last().map_or(pc, |last| page.wrapping_add(u64::from(last.next))), icount + ops.len() as u64),
+                        None => break ops.last().map_or(pc, |last| page.wrapping_add(u64::from(last.next))),
                     };
                     imm = op.imm as i64 as u64;
                     (a, b) = (self.x(op.rs1), self.x(op.rs2));
@@ -98,14 +100,11 @@ impl Machine {
                 };
             }
             // What goes elsewhere is the last of its block.
-            macro_rules! go {
-                ($to:expr) => { break ($to, icount + ops.len() as u64) };
-            }
             macro_rules! branch {
-                ($is_taken:expr) => { go!(page.wrapping_add(if $is_taken { imm } else { u64::from(op.next) })) };
+                ($is_taken:expr) => { break page.wrapping_add(if $is_taken { imm } else { u64::from(op.next) }) };
             }
             macro_rules! jump {
-                ($to:expr) => {{ self.set(op.rd, page.wrapping_add(u64::from(op.next))); go!($to) }};
+                ($to:expr) => {{ self.set(op.rd, page.wrapping_add(u64::from(op.next))); break $to }};
             }
             macro_rules! store {
                 ($bytes:literal) => {{ if self.store_known::<$bytes>(at, b) { continue } None }};
@@ -148,7 +147,7 @@ impl Machine {
             macro_rules! pair {
                 ($first:ident, $second:ident) => { if first!($first) { next!(); run!($second) } else { None } };
             }
-            (pc, icount) = loop {
+            pc = loop {
                 next!();
                 use Code::*;
                 let value = match op.run {
@@ -247,14 +246,21 @@ impl Machine {
                     _ => None,
                 };
                 let Some(value) = value else {
-                    let before = std::ptr::from_ref(op).addr() - ops.as_ptr().addr();
-                    let at = icount + (before / size_of::<Op>()) as u64;
                     let next = page.wrapping_add(u64::from(op.next));
-                    (self.hart.pc, self.icount) = (next.wrapping_sub(u64::from(op.len)), at);
+                    let done = (std::ptr::from_ref(op).addr() - ops.as_ptr().addr()) / size_of::<Op>();
+                    let behind = (ops.len() - done - 1) as u64;
+                    self.hart.pc = next.wrapping_sub(u64::from(op.len));
+                    self.icount = until - left - behind - 1;
                     match self.execute(*op, next, outside) {
-                        Ok(to) if to != next || self.attention || self.here != page >> 12 => break (to, at + 1),
-                        Ok(_) => continue,
-                        Err(trap) => break (self.trap(trap), at + 1),
+                        Ok(to) if to == next && !self.attention && self.here == page >> 12 => continue,
+                        Ok(to) => {
+                            left += behind;
+                            break to;
+                        }
+                        Err(trap) => {
+                            left += behind;
+                            break self.trap(trap);
+                        }
                     }
                 };
                 self.set(op.rd, value);
@@ -287,7 +293,7 @@ impl Machine {
         cache.enter(ram_page);
         self.here = pc >> 12;
         if cache.block(pc).is_empty() {
-            if !cache.decode_block(bytes, at) {
+            if !cache.decode_block(ram_page, bytes, at) {
                 return Ok(Some(super::decode::decode(self.fetch_bits(pc)?).placed(at)));
             }
             self.ram.mark_code(ram_page);
