@@ -1,5 +1,6 @@
 //! `heddle bench`: figures as ratios against a named peer in the same run.
 
+mod cost;
 mod peers;
 pub mod qemu;
 pub mod store;
