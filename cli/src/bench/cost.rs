@@ -1,6 +1,7 @@
 //! What something costs: CPU and wall seconds of this process, its children, the cluster's parts.
 
 use anyhow::{Context, Result, ensure};
+use rustix::time::{ClockId, clock_gettime};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -58,4 +59,41 @@ pub fn timed(command: &mut Command) -> Result<(Cost, Vec<u8>)> {
 pub fn median(mut runs: Vec<Cost>) -> Cost {
     runs.sort_by(|a, b| a.wall.total_cmp(&b.wall));
     runs.get(runs.len() / 2).copied().unwrap_or_default()
+}
+
+/// Of several runs, the middle of their CPU seconds and that of their wall seconds.
+pub fn middles(runs: &[Cost]) -> Cost {
+    let of = |seconds: fn(&Cost) -> f64| middle(runs.iter().map(seconds).collect());
+    Cost { cpu: of(|run| run.cpu), wall: of(|run| run.wall) }
+}
+
+/// The value in the middle; of none, zero.
+pub fn middle(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or_default()
+}
+
+/// Measures what goes on in this process.
+#[derive(Clone, Copy, Debug)]
+pub struct Meter {
+    began: Instant,
+    cpu: f64,
+}
+
+impl Meter {
+    /// From now on.
+    pub fn start() -> Meter {
+        Meter { began: Instant::now(), cpu: own_cpu() }
+    }
+
+    /// What was spent since, on all threads.
+    pub fn cost(&self) -> Cost {
+        Cost { cpu: own_cpu() - self.cpu, wall: self.began.elapsed().as_secs_f64() }
+    }
+}
+
+/// CPU seconds of this process, finer than `/proc` has them.
+fn own_cpu() -> f64 {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
