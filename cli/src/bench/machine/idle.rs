@@ -10,7 +10,7 @@ use heddle_proto::manifest::Sleep;
 const JUMPED_SECONDS: u64 = 60;
 
 /// Replays a guest that sleeps; recorded in no time, and in real time.
-pub async fn idle(bench: &mut Bench<'_>) -> Result<()> {
+pub(super) async fn idle(bench: &mut Bench<'_>) -> Result<()> {
     let real = bench.command.idle_seconds;
     for (sleep, seconds, how) in [(Sleep::Off, JUMPED_SECONDS, "off"), (Sleep::On, real, "on")] {
         let guest = Guest::idle(seconds);

@@ -22,7 +22,7 @@ const SOUGHT: &str = "Linux boot, state at a random icount";
 
 /// A boot to poweroff, recorded by both, with as many nanoseconds an instruction and without
 /// snapshots, which QEMU has none of here.
-pub async fn boot(bench: &mut Bench<'_>) -> Result<()> {
+pub(super) async fn boot(bench: &mut Bench<'_>) -> Result<()> {
     let Some(guest) = bench.linux.clone() else {
         bench.rows.without(RECORDED, QEMU_RECORDS, "<= 3", NO_LINUX);
         return Ok(());
@@ -54,7 +54,7 @@ pub async fn boot(bench: &mut Bench<'_>) -> Result<()> {
 }
 
 /// Both guests by turns: without a recording, recorded, recorded with snapshots, replayed.
-pub async fn cost(bench: &mut Bench<'_>) -> Result<()> {
+pub(super) async fn cost(bench: &mut Bench<'_>) -> Result<()> {
     let compute = Guest::compute(bench.command.iterations);
     cost_of(bench, &compute).await?;
     match bench.linux.clone() {
@@ -126,7 +126,7 @@ impl Measured {
 }
 
 /// `heddle state` at random icounts of a boot with snapshots: a process each, as a user has it.
-pub async fn seek(bench: &mut Bench<'_>, cluster: &Path) -> Result<()> {
+pub(super) async fn seek(bench: &mut Bench<'_>, cluster: &Path) -> Result<()> {
     let Some(guest) = bench.linux.clone() else {
         bench.rows.without(SOUGHT, "the whole replay", "for information", NO_LINUX);
         return Ok(());
