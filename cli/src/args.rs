@@ -1,8 +1,10 @@
 //! The command line.
 
+mod bench;
 mod replays;
 mod run;
 
+pub use bench::BenchMachine;
 pub use replays::{Debug, Hunt, Index, MemoryRange, Replay, State};
 pub use run::Run;
 
@@ -487,6 +489,8 @@ pub struct Scrub {
 /// `heddle bench`.
 #[derive(Subcommand, Debug)]
 pub enum Bench {
+    /// The built-in machine: speed, recording, replaying, idling, snapshots, seeking, against QEMU.
+    Machine(BenchMachine),
     /// Recording, storing and replaying Debian's Linux on QEMU.
     Qemu(BenchQemu),
     /// The log store against etcd and NATS JetStream, three replicas each on this machine.

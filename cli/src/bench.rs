@@ -1,5 +1,7 @@
 //! `heddle bench`: figures as ratios against a named peer in the same run.
 
+mod cost;
+pub mod machine;
 mod peers;
 pub mod qemu;
 pub mod store;

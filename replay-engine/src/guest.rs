@@ -11,7 +11,10 @@ pub const LOOM_ELF: &[u8] = include_bytes!("../guest/loom.elf");
 pub const TICK_ELF: &[u8] = include_bytes!("../guest/tick.elf");
 /// The same for QEMU's riscv64 virt machine.
 pub const TICK_RISCV_ELF: &[u8] = include_bytes!("../guest/tick-riscv.elf");
-/// Bytes of the disk it reads and writes.
+/// The guest of `heddle bench machine`, a flat image for the start of RAM, with its parameters
+/// where `guest/bench-start.S` says; `guest/build-bench` rebuilds it.
+pub const BENCH_BIN: &[u8] = include_bytes!("../guest/bench.bin");
+/// Bytes of the bundled guest's disk, which it reads and writes.
 const DISK_BYTES: usize = 1 << 20;
 
 /// The guest's disk: the same bytes every time.

@@ -119,10 +119,15 @@ fn the_bundled_guests_rebuild_to_the_same_bytes() {
     }
     let dir = tempfile::tempdir().unwrap();
     let guest = root().join("replay-engine/guest");
-    for (script, out) in [("build", dir.path().join("loom.elf")), ("build-tick", dir.path().into())] {
+    let scripts = [
+        ("build", dir.path().join("loom.elf")),
+        ("build-tick", dir.path().into()),
+        ("build-bench", dir.path().join("bench.bin")),
+    ];
+    for (script, out) in scripts {
         assert!(Command::new(guest.join(script)).arg(out).status().unwrap().success());
     }
-    for name in ["loom.elf", "tick.elf", "tick-riscv.elf"] {
+    for name in ["loom.elf", "tick.elf", "tick-riscv.elf", "bench.bin"] {
         let same = std::fs::read(dir.path().join(name)).unwrap() == std::fs::read(guest.join(name)).unwrap();
         assert!(same, "guest/{name} is not what its script makes");
     }

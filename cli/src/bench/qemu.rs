@@ -1,6 +1,7 @@
 //! `heddle bench qemu`: recording, storing and replaying Debian's Linux on QEMU.
 
 use super::Rows;
+use super::cost::{Cost, cpu_of_parts, median, timed};
 use crate::args::{BenchQemu, Format};
 use crate::cluster::Cluster;
 use crate::commands::recordings;
@@ -17,65 +18,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-/// Kernel clock ticks a second, in which `/proc` counts CPU time.
-const TICKS: f64 = 100.0;
 /// Recordings that are replayed one at a time and all at once.
 const MANY: u32 = 4;
 /// What the store's index has for a chunk: key and row, rounded up.
 const CHUNK_ROW_BYTES: u64 = 128;
 /// Events between two looks at how full a chunk is.
 const LOOK_EVENTS: usize = 1 << 12;
-
-/// CPU and wall seconds.
-#[derive(Clone, Copy, Debug, Default)]
-struct Cost {
-    cpu: f64,
-    wall: f64,
-}
-
-/// User and system seconds of a process, or of its children that have ended.
-fn cpu_of(process: &str, children: bool) -> f64 {
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let at = if children { 13 } else { 11 };
-    let tick = |at: usize| fields.get(at).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
-    (tick(at) + tick(at + 1)) / TICKS
-}
-
-/// CPU seconds of this process's children that run: the cluster's parts.
-fn cpu_of_parts() -> f64 {
-    let own = std::process::id().to_string();
-    let Ok(entries) = std::fs::read_dir("/proc") else { return 0.0 };
-    let ids = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    ids.filter(|id| id.bytes().all(|byte| byte.is_ascii_digit()))
-        .filter(|id| {
-            let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
-            stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)) == Some(own.as_str())
-        })
-        .map(|id| cpu_of(&id, false) + cpu_of(&id, true))
-        .sum()
-}
-
-/// Runs a command to its end; its cost and its standard output.
-fn timed(command: &mut Command) -> Result<(Cost, Vec<u8>)> {
-    let (before, began) = (cpu_of("self", true), Instant::now());
-    let done = command.stdin(Stdio::null()).output().context("start it")?;
-    ensure!(
-        done.status.success(),
-        "{:?} ended with {}: {}",
-        command.get_program(),
-        done.status,
-        String::from_utf8_lossy(&done.stderr)
-    );
-    let cost = Cost { cpu: cpu_of("self", true) - before, wall: began.elapsed().as_secs_f64() };
-    Ok((cost, done.stdout))
-}
-
-/// Of several runs, the one in the middle by wall time.
-fn median(mut runs: Vec<Cost>) -> Cost {
-    runs.sort_by(|a, b| a.wall.total_cmp(&b.wall));
-    runs.get(runs.len() / 2).copied().unwrap_or_default()
-}
 
 /// The beginning of the parameters of the guest with a long log: 128 ns an instruction,
 /// so that its timer ticks often.

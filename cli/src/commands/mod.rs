@@ -42,6 +42,7 @@ pub async fn run(args: Args) -> Result<u8> {
         Command::Serve(command) => return serve::run(command).await.map(|()| OK),
         Command::Doctor(command) => return doctor::run(command, format).await,
         Command::Run(command) => return run::run(command).await,
+        Command::Bench(Bench::Machine(command)) => return bench::machine::machine(command, format).await,
         Command::Bench(Bench::Qemu(command)) => return bench::qemu::qemu(command, format).await,
         Command::Bench(Bench::Store(command)) => return bench::store::store(command, format).await,
         Command::Certificate(command) => return certificates::run(&command).map(|()| OK),

@@ -17,9 +17,9 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 /// Instructions between checks.
-const CHECK_EVERY: u64 = 1_000_000;
+pub const CHECK_EVERY: u64 = 1_000_000;
 /// Instructions between digests.
-const DIGEST_EVERY: u64 = 10_000_000;
+pub const DIGEST_EVERY: u64 = 10_000_000;
 /// RAM of the bundled guest.
 const BUNDLED_MEMORY: u64 = 16 << 20;
 
