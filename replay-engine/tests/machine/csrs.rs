@@ -25,6 +25,7 @@ fn exists(number: u32) -> bool {
             | 0x3a0
             | 0x3a2
             | 0x3b0..=0x3bf
+            | 0x7a0..=0x7a4
             | 0xb00
             | 0xb02..=0xb1f
             | 0xc00..=0xc1f
@@ -92,7 +93,7 @@ fn every_csr_is_there_for_whom_it_should_be() {
 #[test]
 fn registers_hold_what_they_have_bits_for() {
     let ones = u64::MAX;
-    let cases: [(u32, u64, u64); 27] = [
+    let cases: [(u32, u64, u64); 30] = [
         (0x300, ones, 0x8000_000a_007e_79aa),
         (0x300, 2 << 11, 0xa_0000_0000),
         (0x301, 0, 0x8000_0000_0014_112d),
@@ -120,6 +121,9 @@ fn registers_hold_what_they_have_bits_for() {
         (0x3b0, ones, (1 << 54) - 1),
         (0x3be, ones, (1 << 54) - 1),
         (0x3bf, 5, 5),
+        (0x7a0, 3, 0),
+        (0x7a1, ones, 0),
+        (0x7a4, ones, 1),
     ];
     for (number, written, expected) in cases {
         let mut m = machine(&[csr(1, number, 1, 0), csr(2, number, 0, 5)], &[(1, written)]);
