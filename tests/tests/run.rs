@@ -102,6 +102,19 @@ fn the_exit_code_is_the_guests() {
 }
 
 #[test]
+fn a_program_for_htif_has_accessed_and_dirty_to_itself() {
+    let Some(assembler) = Assembler::new() else { return };
+    // The exit code is menvcfg.ADUE.
+    let bit = "csrr t0, 0x30a\nsrli t0, t0, 61\nandi t0, t0, 1";
+    let htif = format!("{bit}\nslli t0, t0, 1\nori t0, t0, 1\nla t1, tohost\nsd t0, 0(t1)\nj .\n{HTIF}");
+    heddle(&assembler.elf("software", BASE, &htif), &[], b"").expect(0);
+    let finisher = format!(
+        "{bit}\nslli t0, t0, 16\nli t1, 0x3333\nor t1, t1, t0\nli t2, 0x100000\nsw t1, 0(t2)\nj ."
+    );
+    heddle(&assembler.elf("hardware", BASE, &finisher), &[], b"").expect(1);
+}
+
+#[test]
 fn what_the_guest_prints_is_on_standard_output() {
     let Some(assembler) = Assembler::new() else { return };
     let end = "la t0, tohost\nli t1, 1\nsd t1, 0(t0)\nj .";

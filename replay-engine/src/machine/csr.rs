@@ -129,7 +129,7 @@ impl Machine {
             0x305 => h.mtvec = value & !2,
             0x306 => h.mcounteren = value & 0xffff_ffff,
             0x30a => {
-                h.menvcfg = value & (envcfg::FIOM | envcfg::STCE);
+                h.menvcfg = value & (envcfg::FIOM | envcfg::ADUE | envcfg::STCE);
                 self.follow_stimecmp();
             }
             // As if behind this instruction: the next one reads what is written to a counter,

@@ -68,6 +68,9 @@ pub mod status {
 pub mod envcfg {
     /// Fences of devices order memory too, which here they always do.
     pub const FIOM: u64 = 1;
+    /// A walk sets A and D of a page-table entry; without it an access that needs them set is a
+    /// page fault, and they are software's (Svadu's, and Svade's).
+    pub const ADUE: u64 = 1 << 61;
     /// `stimecmp` drives STIP.
     pub const STCE: u64 = 1 << 63;
 }
@@ -192,7 +195,8 @@ impl Hart {
             mscratch: 0,
             mcounteren: 0,
             mcountinhibit: 0,
-            menvcfg: 0,
+            // As QEMU's hart begins: many kernels for it never set A and D.
+            menvcfg: envcfg::ADUE,
             pmp: Pmp::default(),
             stvec: 0,
             sepc: 0,

@@ -7,7 +7,7 @@
 //! last 2 MiB down   device tree, then fw_dynamic's info
 //! ```
 
-use super::hart::Hart;
+use super::hart::{Hart, envcfg};
 use super::ram::Ram;
 use super::{Disk, Machine, RAM_BASE, fdt};
 use elf::segment::ProgramHeader;
@@ -122,6 +122,7 @@ pub fn build(spec: &MachineSpec, images: &Images) -> Result<Machine, LoadError> 
         && let Some(tohost) = symbol(kernel, "tohost")
     {
         machine.watch_tohost(tohost, symbol(kernel, "fromhost"));
+        machine.hart.menvcfg &= !envcfg::ADUE;
     }
     Ok(machine)
 }

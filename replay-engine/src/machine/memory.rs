@@ -4,7 +4,7 @@
 //! nothing is translated. A page that a PMP border cuts is not in it: each access is checked.
 
 use super::fast::Rights;
-use super::hart::{Mode, TLB_ENTRIES, TlbEntry, Trap, status};
+use super::hart::{Mode, TLB_ENTRIES, TlbEntry, Trap, envcfg, status};
 use super::pmp::Regions;
 use super::{Machine, Outside, RAM_BASE};
 
@@ -180,7 +180,7 @@ impl Machine {
         Ok(pa)
     }
 
-    /// Walks the page table, and sets A and D as hardware does.
+    /// Walks the page table, and sets A and D if that is the hardware's.
     fn walk_table(&mut self, va: u64, access: Access, mode: Mode) -> Result<TlbEntry, Trap> {
         let Leaf { at, entry, low, level } = self.find_leaf(va, access, mode)?;
         let mut updated = entry | pte::A;
@@ -188,6 +188,9 @@ impl Machine {
             updated |= pte::D;
         }
         if updated != entry {
+            if self.hart.menvcfg & envcfg::ADUE == 0 {
+                return Err(access.page_fault(va));
+            }
             self.check_table(at, Access::Store).ok_or(access.access_fault(va))?;
             self.ram.store::<8>(at, updated).ok_or(access.access_fault(va))?;
             self.attention |= self.ram.has_stale_code();

@@ -104,7 +104,7 @@ fn registers_hold_what_they_have_bits_for() {
         (0x105, ones, !2),
         (0x306, ones, 0xffff_ffff),
         (0x106, ones, 0xffff_ffff),
-        (0x30a, ones, 1 << 63 | 1),
+        (0x30a, ones, 1 << 63 | 1 << 61 | 1),
         (0x10a, ones, 1),
         (0x320, ones, 5),
         (0x323, ones, 0),
