@@ -287,6 +287,10 @@ impl Hart {
         let is_interrupt = cause >> 63 != 0;
         let code = cause & 63;
         let delegated = if is_interrupt { self.mideleg } else { self.medeleg };
+        // An instruction that raises an exception does not retire: icount counts it, `minstret` not.
+        if !is_interrupt && self.mcountinhibit & inhibit::IR == 0 {
+            self.instret_offset = self.instret_offset.wrapping_sub(1);
+        }
         let to_supervisor = self.mode <= Mode::Supervisor && delegated >> code & 1 != 0;
         let vector = if to_supervisor {
             self.scause = cause;

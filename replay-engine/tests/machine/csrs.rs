@@ -1,7 +1,7 @@
 //! Which CSRs there are for whom, what they hold, and what `mstatus` forbids.
 
-use super::{MRET, Machine, RAM_BASE, WFI, csr, i, machine, step};
-use heddle_replay_engine::machine::hart::{Mode, envcfg, status};
+use super::{ECALL, MRET, Machine, RAM_BASE, WFI, csr, i, machine, step};
+use heddle_replay_engine::machine::hart::{Mode, envcfg, irq, status};
 
 const ILLEGAL: u64 = 2;
 const SRET: u32 = 0x1020_0073;
@@ -149,6 +149,29 @@ fn counters_stand_while_they_are_inhibited() {
     let mut m = machine(&code, &[(1, 5), (2, 1000)]);
     code.iter().for_each(|_| step(&mut m));
     assert_eq!(m.hart().x[5..9], [1, 1, 1, 1001]);
+}
+
+#[test]
+fn what_raises_an_exception_does_not_retire() {
+    let code = [ECALL, csr(2, 0xb02, 0, 5), csr(2, 0xb00, 0, 6), 0, csr(2, 0xc02, 0, 7)];
+    let mut m = machine(&code, &[]);
+    m.hart_mut().mtvec = RAM_BASE + 4;
+    (0..4).for_each(|_| step(&mut m));
+    m.hart_mut().pc = RAM_BASE + 16;
+    step(&mut m);
+    assert_eq!(m.hart().x[5..8], [0, 2, 2], "one of two, two cycles, two of four");
+    // It stands while it is inhibited, and an interrupt is no instruction.
+    let mut m = machine(&code, &[]);
+    (m.hart_mut().mtvec, m.hart_mut().mcountinhibit) = (RAM_BASE + 4, 4);
+    (0..2).for_each(|_| step(&mut m));
+    assert_eq!(m.hart().x[5], 0);
+    let mut m = machine(&[code[1]], &[]);
+    let hart = m.hart_mut();
+    (hart.mtvec, hart.pc) = (RAM_BASE, RAM_BASE + 64);
+    (hart.mie, hart.mip_soft) = (irq::SSI, irq::SSI);
+    hart.mstatus |= status::MIE;
+    step(&mut m);
+    assert_eq!((m.hart().mcause, m.hart().x[5]), (1 << 63 | 1, 0));
 }
 
 #[test]
