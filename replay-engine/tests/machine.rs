@@ -178,6 +178,14 @@ fn traps_delegation_and_returns() {
     let mut m = machine(&[i(0, 1, 3, 5, 0x03)], &[(1, 0x4000_0000)]);
     run(&mut m, 1);
     assert_eq!((m.hart().mcause, m.hart().mtval), (5, 0x4000_0000));
+    // Across the end of RAM: mtval has what is behind it, and a store leaves what is before.
+    let end = RAM_BASE + RAM_BYTES as u64;
+    for (code, cause) in [(i(0, 1, 3, 5, 0x03), 5), (2 << 20 | 1 << 15 | 3 << 12 | 0x23, 7)] {
+        let mut m = machine(&[code], &[(1, end - 3), (2, u64::MAX)]);
+        run(&mut m, 1);
+        assert_eq!((m.hart().mcause, m.hart().mtval), (cause, end));
+        assert_eq!(m.ram().load::<2>(RAM_BYTES as u64 - 3), Some(0));
+    }
     // mcycle and minstret count; a write takes effect before the next read.
     let mut m = machine(&[csr(1, 0xb02, 1, 0), csr(2, 0xb02, 0, 5)], &[(1, 1000)]);
     run(&mut m, 2);

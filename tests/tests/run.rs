@@ -102,6 +102,56 @@ fn the_exit_code_is_the_guests() {
 }
 
 #[test]
+fn a_program_for_htif_has_accessed_and_dirty_to_itself() {
+    let Some(assembler) = Assembler::new() else { return };
+    // The exit code is menvcfg.ADUE.
+    let bit = "csrr t0, 0x30a\nsrli t0, t0, 61\nandi t0, t0, 1";
+    let htif = format!("{bit}\nslli t0, t0, 1\nori t0, t0, 1\nla t1, tohost\nsd t0, 0(t1)\nj .\n{HTIF}");
+    heddle(&assembler.elf("software", BASE, &htif), &[], b"").expect(0);
+    let finisher = format!(
+        "{bit}\nslli t0, t0, 16\nli t1, 0x3333\nor t1, t1, t0\nli t2, 0x100000\nsw t1, 0(t2)\nj ."
+    );
+    heddle(&assembler.elf("hardware", BASE, &finisher), &[], b"").expect(1);
+}
+
+#[test]
+fn what_a_test_leaves_is_written_granule_by_granule() {
+    let Some(assembler) = Assembler::new() else { return };
+    let results = ".data\n.balign 16\n.globl begin_signature, end_signature
+        begin_signature: .dword 0\n.word 0\nend_signature:";
+    let code = |tohost: u64| {
+        format!(
+            "la t0, begin_signature\nli t1, 0x1122334455667788\nsd t1, 0(t0)\nli t1, 0xa1b2c3d4\nsw t1, 8(t0)
+            la t0, tohost\nli t1, {tohost}\nsd t1, 0(t0)\nj .\n{HTIF}\n{results}"
+        )
+    };
+    let file = assembler.file("signature");
+    let cases: [(&[&str], &str); 4] = [
+        (&["4"], "55667788\n11223344\na1b2c3d4\n"),
+        (&["8"], "1122334455667788\n00000000a1b2c3d4\n"),
+        (&["16"], "00000000a1b2c3d41122334455667788\n"),
+        (&[], "00000000a1b2c3d41122334455667788\n"),
+    ];
+    for (granularity, expected) in cases {
+        let mut more = vec!["--signature", file.to_str().unwrap()];
+        if let [bytes] = granularity {
+            more.extend(["--signature-granularity", *bytes]);
+        }
+        heddle(&assembler.elf("passes", BASE, &code(1)), &more, b"").expect(0);
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), expected, "{granularity:?}");
+    }
+    // A test that fails leaves one, too; one that has none is refused before it runs.
+    std::fs::remove_file(&file).unwrap();
+    let more = ["--signature", file.to_str().unwrap(), "--signature-granularity", "4"];
+    heddle(&assembler.elf("fails", BASE, &code(7)), &more, b"").expect(3);
+    assert!(std::fs::read_to_string(&file).unwrap().starts_with("55667788\n"));
+    let none = heddle(&assembler.elf("none", BASE, "j ."), &more, b"").expect(2);
+    assert!(none.err.contains("begin_signature"), "{}", none.err);
+    let odd = ["--signature", file.to_str().unwrap(), "--signature-granularity", "5"];
+    assert!(heddle(&assembler.elf("odd", BASE, &code(1)), &odd, b"").expect(2).err.contains("4, 8 or 16"));
+}
+
+#[test]
 fn what_the_guest_prints_is_on_standard_output() {
     let Some(assembler) = Assembler::new() else { return };
     let end = "la t0, tohost\nli t1, 1\nsd t1, 0(t0)\nj .";

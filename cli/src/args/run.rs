@@ -24,6 +24,18 @@ pub struct Run {
     /// standard output either way.
     #[arg(long)]
     pub console: bool,
+    /// Write what an architectural test leaves, however it ends by itself: the memory from its
+    /// ELF's symbol `begin_signature` to `end_signature`, in hex, as Spike's `+signature` does.
+    #[arg(long, value_name = "FILE")]
+    pub signature: Option<PathBuf>,
+    /// Bytes a line of the signature: 4, 8 or 16. The one at the lowest address is the last.
+    #[arg(long, value_name = "BYTES", default_value = "16", value_parser = parse_granule)]
+    pub signature_granularity: usize,
+}
+
+fn parse_granule(text: &str) -> Result<usize, String> {
+    let granule = text.parse::<usize>().ok().filter(|bytes| [4, 8, 16].contains(bytes));
+    granule.ok_or_else(|| format!("{text:?} is not 4, 8 or 16"))
 }
 
 /// Guest RAM, in the bounds that a recording's has.

@@ -1,5 +1,7 @@
 //! `heddle run`: a bare-metal ELF on the built-in machine, and nothing else.
 
+mod signature;
+
 use crate::args::Run;
 use crate::exit::{OK, TIMEOUT, UNEXPECTED, USAGE, coded};
 use anyhow::{Context, Result};
@@ -8,6 +10,7 @@ use heddle_replay_engine::bare::{Bare, Pause};
 use heddle_replay_engine::machine::Machine;
 use heddle_replay_engine::machine::loader::{self, Images};
 use std::io::{ErrorKind, Read, Write};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
@@ -29,7 +32,12 @@ pub async fn run(command: Run) -> Result<u8> {
 }
 
 fn run_here(command: &Run) -> Result<u8> {
-    let machine = load(&command.elf, command.memory)?;
+    let elf = read(&command.elf)?;
+    let results = match &command.signature {
+        Some(file) => Some((file, signature_of(&command.elf, &elf)?)),
+        None => None,
+    };
+    let machine = load(&command.elf, elf, command.memory)?;
     let epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut guest = Bare::new(machine, epoch.as_nanos() as i64);
     let mut input = if command.console { Some(standard_input()?) } else { None };
@@ -38,7 +46,14 @@ fn run_here(command: &Run) -> Result<u8> {
         let pause = guest.run(guest.machine().icount().saturating_add(SLICE).min(limit));
         print(&guest.machine_mut().take_console())?;
         match pause {
-            Pause::Off => return ending(guest.machine_mut()),
+            Pause::Off => {
+                if let Some((file, place)) = &results {
+                    let lines = signature::lines(guest.machine(), place, command.signature_granularity);
+                    let lines = lines.context("find the signature in RAM")?;
+                    std::fs::write(file, lines).with_context(|| format!("write {}", file.display()))?;
+                }
+                return ending(guest.machine_mut());
+            }
             Pause::Budget if guest.machine().icount() >= limit => {
                 let text = format!("not done after {limit} instructions, at {}", place(guest.machine()));
                 return Err(coded(TIMEOUT, text));
@@ -59,15 +74,28 @@ fn run_here(command: &Run) -> Result<u8> {
     }
 }
 
-fn load(path: &Path, memory_bytes: u64) -> Result<Machine> {
-    let refused = |why: String| coded(USAGE, format!("{}: {why}", path.display()));
-    let bytes = std::fs::read(path).map_err(|error| refused(error.to_string()))?;
+fn refused(path: &Path, why: &str) -> anyhow::Error {
+    coded(USAGE, format!("{}: {why}", path.display()))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let bytes = std::fs::read(path).map_err(|error| refused(path, &error.to_string()))?;
     if !bytes.starts_with(b"\x7fELF") {
         let head: Vec<String> = bytes.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
         let found: String =
             if head.is_empty() { "it is empty".into() } else { format!("it begins with {}", head.join(" ")) };
-        return Err(refused(format!("not an ELF: at offset 0, {found}, not 7f 45 4c 46")));
+        return Err(refused(path, &format!("not an ELF: at offset 0, {found}, not 7f 45 4c 46")));
     }
+    Ok(bytes)
+}
+
+/// Where the guest's signature will be.
+fn signature_of(path: &Path, elf: &[u8]) -> Result<Range<u64>> {
+    let place = loader::signature(elf);
+    place.ok_or_else(|| refused(path, "it has no signature: from begin_signature to end_signature"))
+}
+
+fn load(path: &Path, elf: Vec<u8>, memory_bytes: u64) -> Result<Machine> {
     let spec = MachineSpec {
         memory_bytes,
         shift: SHIFT,
@@ -79,8 +107,8 @@ fn load(path: &Path, memory_bytes: u64) -> Result<Machine> {
         drives: vec![],
         devices: vec![],
     };
-    let images = Images { kernel: Some(Arc::from(bytes)), ..Images::default() };
-    loader::build(&spec, &images).map_err(|error| refused(error.to_string()))
+    let images = Images { kernel: Some(Arc::from(elf)), ..Images::default() };
+    loader::build(&spec, &images).map_err(|error| refused(path, &error.to_string()))
 }
 
 /// Standard input, piece by piece, from a thread that waits for it.

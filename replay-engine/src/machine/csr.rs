@@ -13,6 +13,9 @@ const FFLAGS: u8 = 0x1f;
 const FRM_SHIFT: u32 = 5;
 /// TM of `mcounteren`.
 const TIME: u64 = 1 << 1;
+/// `tinfo` of a trigger that is not there: `tselect` stays at the first one, whose `tdata1` has
+/// type 0. A program that looks for triggers finds none, and does not trap on the way.
+const NO_TRIGGER: u64 = 1;
 
 impl Machine {
     /// Reads a CSR; `None` is an illegal instruction.
@@ -57,6 +60,8 @@ impl Machine {
             0x344 => h.mip(),
             0x3a0 | 0x3a2 => h.pmp.configs((csr & 3) as usize * 4),
             0x3b0..=0x3bf => h.pmp.address((csr & 15) as usize),
+            0x7a0..=0x7a3 => 0,
+            0x7a4 => NO_TRIGGER,
             0xb00 => h.cycle(self.icount),
             0xb02 => h.instret(self.icount),
             0xb03 => h.kicks,
@@ -117,14 +122,14 @@ impl Machine {
             }
             0x180 => self.write_satp(value)?,
             0x300 => self.write_mstatus(value),
-            0x301 | 0x323..=0x33f | 0xb03..=0xb1f => {}
+            0x301 | 0x323..=0x33f | 0x7a0..=0x7a4 | 0xb03..=0xb1f => {}
             0x302 => h.medeleg = value & MEDELEG,
             0x303 => h.mideleg = value & irq::SUPERVISOR,
             0x304 => h.mie = value & irq::ALL,
             0x305 => h.mtvec = value & !2,
             0x306 => h.mcounteren = value & 0xffff_ffff,
             0x30a => {
-                h.menvcfg = value & (envcfg::FIOM | envcfg::STCE);
+                h.menvcfg = value & (envcfg::FIOM | envcfg::ADUE | envcfg::STCE);
                 self.follow_stimecmp();
             }
             // As if behind this instruction: the next one reads what is written to a counter,

@@ -70,6 +70,9 @@ pub mod status {
 pub mod envcfg {
     /// Fences of devices order memory too, which here they always do.
     pub const FIOM: u64 = 1;
+    /// A walk sets A and D of a page-table entry; without it an access that needs them set is a
+    /// page fault, and they are software's (Svadu's, and Svade's).
+    pub const ADUE: u64 = 1 << 61;
     /// `stimecmp` drives STIP.
     pub const STCE: u64 = 1 << 63;
 }
@@ -237,7 +240,8 @@ impl Hart {
             mscratch: 0,
             mcounteren: 0,
             mcountinhibit: 0,
-            menvcfg: 0,
+            // As QEMU's hart begins: many kernels for it never set A and D.
+            menvcfg: envcfg::ADUE,
             pmp: Pmp::default(),
             stvec: 0,
             sepc: 0,
@@ -328,6 +332,10 @@ impl Hart {
         let is_interrupt = cause >> 63 != 0;
         let code = cause & 63;
         let delegated = if is_interrupt { self.mideleg } else { self.medeleg };
+        // An instruction that raises an exception does not retire: icount counts it, `minstret` not.
+        if !is_interrupt && self.mcountinhibit & inhibit::IR == 0 {
+            self.instret_offset = self.instret_offset.wrapping_sub(1);
+        }
         let to_supervisor = self.mode <= Mode::Supervisor && delegated >> code & 1 != 0;
         let vector = if to_supervisor {
             self.scause = cause;

@@ -7,13 +7,14 @@
 //! last 2 MiB down   device tree, then fw_dynamic's info
 //! ```
 
-use super::hart::Hart;
+use super::hart::{Hart, envcfg};
 use super::ram::Ram;
 use super::{Disk, Machine, RAM_BASE, fdt};
 use elf::segment::ProgramHeader;
 use elf::symbol::Symbol;
 use elf::{ElfBytes, abi, endian::LittleEndian};
 use heddle_proto::manifest::MachineSpec;
+use std::ops::Range;
 use std::sync::Arc;
 
 const ALIGN: u64 = 2 << 20;
@@ -122,22 +123,38 @@ pub fn build(spec: &MachineSpec, images: &Images) -> Result<Machine, LoadError> 
         && let Some(tohost) = symbol(kernel, "tohost")
     {
         machine.watch_tohost(tohost, symbol(kernel, "fromhost"));
+        machine.hart.menvcfg &= !envcfg::ADUE;
     }
     Ok(machine)
+}
+
+/// Where an architectural test leaves its results, physically: from its ELF's symbol
+/// `begin_signature` to `end_signature`. None where it has not both, in this order.
+pub fn signature(bytes: &[u8]) -> Option<Range<u64>> {
+    let file = ElfBytes::<LittleEndian>::minimal_parse(bytes).ok()?;
+    // The end may be a segment's, and so in none.
+    let length = symbol_value(&file, "end_signature")?.checked_sub(symbol_value(&file, "begin_signature")?)?;
+    let begin = symbol(bytes, "begin_signature")?;
+    Some(begin..begin.checked_add(length)?)
 }
 
 /// The physical address of an ELF's symbol; none where the file has none, or a damaged table.
 fn symbol(bytes: &[u8], name: &str) -> Option<u64> {
     let file = ElfBytes::<LittleEndian>::minimal_parse(bytes).ok()?;
+    let at = symbol_value(&file, name)?;
+    let holds = |s: &ProgramHeader| s.p_type == abi::PT_LOAD && at.wrapping_sub(s.p_vaddr) < s.p_memsz;
+    let segment = file.segments()?.iter().find(holds)?;
+    Some(segment.p_paddr.wrapping_add(at.wrapping_sub(segment.p_vaddr)))
+}
+
+/// A symbol's address as the program has it.
+fn symbol_value(file: &ElfBytes<'_, LittleEndian>, name: &str) -> Option<u64> {
     let (symbols, names) = file.symbol_table().ok()??;
     let is_it = |symbol: &Symbol| {
         symbol.st_shndx != abi::SHN_UNDEF
             && names.get(symbol.st_name as usize).is_ok_and(|found| found == name)
     };
-    let at = symbols.iter().find(is_it)?.st_value;
-    let holds = |s: &ProgramHeader| s.p_type == abi::PT_LOAD && at.wrapping_sub(s.p_vaddr) < s.p_memsz;
-    let segment = file.segments()?.iter().find(holds)?;
-    Some(segment.p_paddr.wrapping_add(at.wrapping_sub(segment.p_vaddr)))
+    Some(symbols.iter().find(is_it)?.st_value)
 }
 
 fn is_elf(bytes: &[u8]) -> bool {

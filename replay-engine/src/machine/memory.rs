@@ -4,7 +4,7 @@
 //! nothing is translated. A page that a PMP border cuts is not in it: each access is checked.
 
 use super::fast::Rights;
-use super::hart::{Mode, TLB_ENTRIES, TlbEntry, Trap, status};
+use super::hart::{Mode, TLB_ENTRIES, TlbEntry, Trap, envcfg, status};
 use super::pmp::Regions;
 use super::ram::PAGE;
 use super::run::NO_PAGE;
@@ -183,7 +183,7 @@ impl Machine {
         Ok(pa)
     }
 
-    /// Walks the page table, and sets A and D as hardware does.
+    /// Walks the page table, and sets A and D if that is the hardware's.
     fn walk_table(&mut self, va: u64, access: Access, mode: Mode) -> Result<TlbEntry, Trap> {
         let Leaf { at, entry, low, level } = self.find_leaf(va, access, mode)?;
         let mut updated = entry | pte::A;
@@ -191,6 +191,9 @@ impl Machine {
             updated |= pte::D;
         }
         if updated != entry {
+            if self.hart.menvcfg & envcfg::ADUE == 0 {
+                return Err(access.page_fault(va));
+            }
             self.check_table(at, Access::Store).ok_or(access.access_fault(va))?;
             self.ram.store::<8>(at, updated).ok_or(access.access_fault(va))?;
             self.attention |= self.ram.has_stale_code();
@@ -370,14 +373,15 @@ impl Machine {
         }
     }
 
-    /// A load that crosses a page: both pages are translated before a byte moves.
+    /// A load that crosses a page: both pages are translated before a byte moves. The trap
+    /// value is the address of the first byte that can't be had.
     #[cold]
     fn load_across(&mut self, va: u64, len: usize) -> Result<u64, Trap> {
         let pieces = self.across(va, len, Access::Load)?;
         let mut value = 0;
         for (i, pa) in pieces.into_iter().take(len).enumerate() {
             let byte = self.ram.load::<1>(pa.wrapping_sub(RAM_BASE));
-            value |= byte.ok_or(Access::Load.access_fault(va))? << (8 * i);
+            value |= byte.ok_or(Access::Load.access_fault(va.wrapping_add(i as u64)))? << (8 * i);
         }
         Ok(value)
     }
@@ -385,13 +389,14 @@ impl Machine {
     #[cold]
     fn store_across(&mut self, va: u64, value: u64, len: usize) -> Result<(), Trap> {
         let pieces = self.across(va, len, Access::Store)?;
-        let fault = Access::Store.access_fault(va);
         let end = self.ram.len() as u64;
-        if pieces.iter().take(len).any(|pa| pa.wrapping_sub(RAM_BASE) >= end) {
-            return Err(fault);
+        let outside = pieces.iter().take(len).position(|pa| pa.wrapping_sub(RAM_BASE) >= end);
+        if let Some(i) = outside {
+            return Err(Access::Store.access_fault(va.wrapping_add(i as u64)));
         }
         for (i, pa) in pieces.into_iter().take(len).enumerate() {
-            self.ram.store::<1>(pa.wrapping_sub(RAM_BASE), value >> (8 * i)).ok_or(fault)?;
+            let stored = self.ram.store::<1>(pa.wrapping_sub(RAM_BASE), value >> (8 * i));
+            stored.expect("it was seen to be in RAM");
         }
         self.attention |= self.ram.has_stale_code();
         Ok(())

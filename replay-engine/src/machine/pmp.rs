@@ -1,7 +1,9 @@
 //! Physical memory protection: 16 entries with a grain of 4 bytes, as QEMU has them.
 //!
 //! The first entry that an access touches decides about it, and one that it touches
-//! only in part denies it. What no entry decides about, M-mode may access, S and U may not.
+//! only in part denies it, in M-mode, too, and unlocked. An access is what lies in one page: a
+//! misaligned one across two is one for each byte. What no entry decides about, M-mode may
+//! access, S and U may not.
 //! There is no `mseccfg`.
 
 use super::hart::Mode;
@@ -116,16 +118,13 @@ pub(super) struct Regions {
 impl Regions {
     pub(super) fn of(pmp: &Pmp) -> Regions {
         let list: Vec<Region> = (0..ENTRIES).filter_map(|entry| pmp.region(entry)).collect();
+        let cut_pages = list.iter().any(|region| !region.has_grain(4096));
         let denies = |region: &Region| region.is_locked && region.rights != RIGHTS;
-        Regions {
-            cut_pages: list.iter().any(|region| !region.has_grain(4096)),
-            deny_machine: list.iter().any(|region| denies(region) || !region.has_grain(8)),
-            list,
-        }
+        Regions { cut_pages, deny_machine: cut_pages || list.iter().any(denies), list }
     }
 
-    /// Whether M-mode can be denied anything. If not, it need not ask; a misaligned access
-    /// across a border is then as good as one for each byte.
+    /// Whether M-mode can be denied anything: by a locked entry, or an access across a border
+    /// in a page by any. If not, it need not ask.
     pub(super) fn deny_machine(&self) -> bool {
         self.deny_machine
     }
@@ -144,8 +143,7 @@ impl Regions {
 
     /// Whether what holds for one instruction in a page holds for all.
     pub(super) fn is_whole(&self, page: u64, mode: Mode) -> bool {
-        let is_free = !self.cut_pages || (mode == Mode::Machine && !self.deny_machine);
-        is_free || self.rights(page << 12, page << 12 | 0xfff, mode).is_some()
+        !self.cut_pages || self.rights(page << 12, page << 12 | 0xfff, mode).is_some()
     }
 }
 
@@ -207,8 +205,18 @@ mod tests {
 
     #[test]
     fn only_what_can_deny_machine_mode_makes_it_ask() {
-        for (config, denies) in [(0x18, false), (0x9f, false), (0x98, true), (0x17, true)] {
-            assert_eq!(Regions::of(&pmp(&[(config, 0)])).deny_machine(), denies, "{config:#x}");
+        let page = 0x1ff;
+        let cases = [
+            (0x18, page, false),
+            (0x9f, page, false),
+            (0x98, page, true),
+            (0x18, 0, true),
+            (0x1f, page >> 1, true),
+            (0x17, page, true),
+        ];
+        for (config, address, denies) in cases {
+            let regions = Regions::of(&pmp(&[(config, address)]));
+            assert_eq!(regions.deny_machine(), denies, "{config:#x} at {address:#x}");
         }
         assert!(!Regions::of(&Pmp::default()).deny_machine());
     }

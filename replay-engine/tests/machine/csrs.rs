@@ -1,7 +1,7 @@
 //! Which CSRs there are for whom, what they hold, and what `mstatus` forbids.
 
-use super::{MRET, Machine, RAM_BASE, WFI, csr, i, machine, step};
-use heddle_replay_engine::machine::hart::{Mode, envcfg, status};
+use super::{ECALL, MRET, Machine, RAM_BASE, WFI, csr, i, machine, step};
+use heddle_replay_engine::machine::hart::{Mode, envcfg, irq, status};
 
 const ILLEGAL: u64 = 2;
 const SRET: u32 = 0x1020_0073;
@@ -25,6 +25,7 @@ fn exists(number: u32) -> bool {
             | 0x3a0
             | 0x3a2
             | 0x3b0..=0x3bf
+            | 0x7a0..=0x7a4
             | 0xb00
             | 0xb02..=0xb1f
             | 0xc00..=0xc1f
@@ -92,7 +93,7 @@ fn every_csr_is_there_for_whom_it_should_be() {
 #[test]
 fn registers_hold_what_they_have_bits_for() {
     let ones = u64::MAX;
-    let cases: [(u32, u64, u64); 27] = [
+    let cases: [(u32, u64, u64); 30] = [
         (0x300, ones, 0x8000_000a_007e_79aa),
         (0x300, 2 << 11, 0xa_0000_0000),
         (0x301, 0, 0x8000_0000_0014_112d),
@@ -103,7 +104,7 @@ fn registers_hold_what_they_have_bits_for() {
         (0x105, ones, !2),
         (0x306, ones, 0xffff_ffff),
         (0x106, ones, 0xffff_ffff),
-        (0x30a, ones, 1 << 63 | 1),
+        (0x30a, ones, 1 << 63 | 1 << 61 | 1),
         (0x10a, ones, 1),
         (0x320, ones, 5),
         (0x323, ones, 0),
@@ -120,6 +121,9 @@ fn registers_hold_what_they_have_bits_for() {
         (0x3b0, ones, (1 << 54) - 1),
         (0x3be, ones, (1 << 54) - 1),
         (0x3bf, 5, 5),
+        (0x7a0, 3, 0),
+        (0x7a1, ones, 0),
+        (0x7a4, ones, 1),
     ];
     for (number, written, expected) in cases {
         let mut m = machine(&[csr(1, number, 1, 0), csr(2, number, 0, 5)], &[(1, written)]);
@@ -145,6 +149,29 @@ fn counters_stand_while_they_are_inhibited() {
     let mut m = machine(&code, &[(1, 5), (2, 1000)]);
     code.iter().for_each(|_| step(&mut m));
     assert_eq!(m.hart().x[5..9], [1, 1, 1, 1001]);
+}
+
+#[test]
+fn what_raises_an_exception_does_not_retire() {
+    let code = [ECALL, csr(2, 0xb02, 0, 5), csr(2, 0xb00, 0, 6), 0, csr(2, 0xc02, 0, 7)];
+    let mut m = machine(&code, &[]);
+    m.hart_mut().mtvec = RAM_BASE + 4;
+    (0..4).for_each(|_| step(&mut m));
+    m.hart_mut().pc = RAM_BASE + 16;
+    step(&mut m);
+    assert_eq!(m.hart().x[5..8], [0, 2, 2], "one of two, two cycles, two of four");
+    // It stands while it is inhibited, and an interrupt is no instruction.
+    let mut m = machine(&code, &[]);
+    (m.hart_mut().mtvec, m.hart_mut().mcountinhibit) = (RAM_BASE + 4, 4);
+    (0..2).for_each(|_| step(&mut m));
+    assert_eq!(m.hart().x[5], 0);
+    let mut m = machine(&[code[1]], &[]);
+    let hart = m.hart_mut();
+    (hart.mtvec, hart.pc) = (RAM_BASE, RAM_BASE + 64);
+    (hart.mie, hart.mip_soft) = (irq::SSI, irq::SSI);
+    hart.mstatus |= status::MIE;
+    step(&mut m);
+    assert_eq!((m.hart().mcause, m.hart().x[5]), (1 << 63 | 1, 0));
 }
 
 #[test]

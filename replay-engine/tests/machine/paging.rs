@@ -1,7 +1,7 @@
-//! What `sfence.vma` makes the TLB forget.
+//! What `sfence.vma` makes the TLB forget, and whose A and D are.
 
-use super::{Machine, RAM_BASE, csr, i, machine, run};
-use heddle_replay_engine::machine::hart::Mode;
+use super::{Machine, RAM_BASE, csr, i, machine, run, step};
+use heddle_replay_engine::machine::hart::{Hart, Mode, envcfg};
 
 const ROOT: u64 = 0x4000;
 const MIDDLE: u64 = 0x5000;
@@ -88,4 +88,57 @@ fn a_fence_of_an_address_forgets_all_of_a_large_page() {
     assert_eq!(reads(&[SFENCE], &registers(1)), [80, 80]);
     let [first, second] = reads(&[SFENCE], &registers(0));
     assert_eq!((first, second), (70, 80), "the other page of the large one is forgotten, too");
+}
+
+/// ld x5, 0(x1); sd x5, 0(x1); jalr x0, 0(x1)
+const LOAD: u32 = 0x0000_b283;
+const STORE: u32 = 0x0050_b023;
+const JUMP: u32 = 0x0000_8067;
+
+/// In S, an access of a page whose entry has these bits: what it came to, and the bits then.
+fn touch(code: u32, bits: u64, menvcfg: u64) -> (u64, u64) {
+    let mut m = machine(&[code], &[(1, SMALL[0])]);
+    let mut ram = m.ram().clone();
+    let nop = 0x13u64;
+    let memory = [
+        (ROOT + 8, pte(MIDDLE, 1)),
+        (ROOT + 16, pte(0, 0xcf)),
+        (MIDDLE, pte(LEAF, 1)),
+        (LEAF, pte(0x7000, bits)),
+        (0x7000, nop),
+    ];
+    for (at, value) in memory {
+        ram.write(at, &value.to_le_bytes()).unwrap();
+    }
+    let hart = m.hart_mut();
+    (hart.mode, hart.menvcfg) = (Mode::Supervisor, menvcfg);
+    hart.satp = 8 << 60 | (RAM_BASE + ROOT) >> 12;
+    let mut m = Machine::new(ram, m.hart().clone(), 0, vec![]);
+    step(&mut m);
+    if code == JUMP {
+        step(&mut m);
+    }
+    assert!(m.hart().mcause == 0 || m.hart().mtval == SMALL[0]);
+    (m.hart().mcause, m.ram().load::<8>(LEAF).unwrap() & 0xff)
+}
+
+#[test]
+fn accessed_and_dirty_are_the_hardwares_or_a_page_fault() {
+    assert_eq!(Hart::new(RAM_BASE).menvcfg, envcfg::ADUE);
+    let cases = [
+        (LOAD, 0x0f, (13, 0x0f), (0, 0x4f)),
+        (LOAD, 0x8f, (13, 0x8f), (0, 0xcf)),
+        (LOAD, 0x4f, (0, 0x4f), (0, 0x4f)),
+        (STORE, 0x0f, (15, 0x0f), (0, 0xcf)),
+        (STORE, 0x4f, (15, 0x4f), (0, 0xcf)),
+        (STORE, 0xcf, (0, 0xcf), (0, 0xcf)),
+        (JUMP, 0x0f, (12, 0x0f), (0, 0x4f)),
+        (JUMP, 0x4f, (0, 0x4f), (0, 0x4f)),
+        // What the entry forbids is forbidden first.
+        (STORE, 0x0b, (15, 0x0b), (15, 0x0b)),
+    ];
+    for (code, bits, without, with) in cases {
+        assert_eq!(touch(code, bits, 0), without, "{code:#x} of {bits:#x}");
+        assert_eq!(touch(code, bits, envcfg::ADUE), with, "{code:#x} of {bits:#x}, updated");
+    }
 }

@@ -28,6 +28,9 @@ pub struct Plain {
     pub x: [u64; 32],
     pub pc: u64,
     pub memory: Vec<u8>,
+    /// Instructions executed.
+    pub icount: u64,
+    /// Those among them that raised no exception.
     pub instret: u64,
     pub mtvec: u64,
     pub mscratch: u64,
@@ -40,7 +43,10 @@ impl Plain {
     /// Executes one instruction, or takes its exception.
     pub fn step(&mut self) -> Result<(), NotMine> {
         match self.instruction() {
-            Ok(next) => self.pc = next,
+            Ok(next) => {
+                self.pc = next;
+                self.instret += 1;
+            }
             Err(Stop::NotMine) => return Err(NotMine),
             Err(Stop::Exception(cause, value)) => {
                 self.mepc = self.pc;
@@ -50,7 +56,7 @@ impl Plain {
             }
         }
         self.x[0] = 0;
-        self.instret += 1;
+        self.icount += 1;
         Ok(())
     }
 

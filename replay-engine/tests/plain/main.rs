@@ -43,7 +43,7 @@ fn program(seed: u64) -> Plain {
     }
     let pc = BASE + rng.gen_range(0..RAM_BYTES as u64 / 4) * 4;
     let mtvec = BASE + rng.gen_range(0..RAM_BYTES as u64 / 4) * 4;
-    Plain { x, pc, memory: code, instret: 0, mtvec, mscratch: 0, mepc: 0, mcause: 0, mtval: 0 }
+    Plain { x, pc, memory: code, icount: 0, instret: 0, mtvec, mscratch: 0, mepc: 0, mcause: 0, mtval: 0 }
 }
 
 /// Random bits, pushed towards what both sides have.
@@ -100,16 +100,16 @@ fn check(seed: u64) -> u64 {
     hart.mtvec = before.mtvec;
     let mut machine = Machine::new(ram, hart, 0, vec![]);
     let mut plain = before.clone();
-    while plain.instret < STEPS_MAX {
+    while plain.icount < STEPS_MAX {
         if let Err(NotMine) = plain.step() {
             break;
         }
     }
-    assert_eq!(machine.run(plain.instret, &mut Nobody), Exit::Budget, "HEDDLE_SEED={seed}");
+    assert_eq!(machine.run(plain.icount, &mut Nobody), Exit::Budget, "HEDDLE_SEED={seed}");
     if difference(&machine, &plain).is_some() {
         step_by_step(seed, before);
     }
-    plain.instret
+    plain.icount
 }
 
 fn difference(machine: &Machine, plain: &Plain) -> Option<String> {
@@ -117,7 +117,7 @@ fn difference(machine: &Machine, plain: &Plain) -> Option<String> {
     let mut pairs: Vec<(String, u64, u64)> =
         (0..32).map(|n| (format!("x{n}"), hart.x[n], plain.x[n])).collect();
     pairs.push(("pc".into(), hart.pc, plain.pc));
-    pairs.push(("instret".into(), machine.icount(), plain.instret));
+    pairs.push(("icount".into(), machine.icount(), plain.icount));
     pairs.push(("mscratch".into(), hart.mscratch, plain.mscratch));
     pairs.push(("mepc".into(), hart.mepc, plain.mepc));
     pairs.push(("mcause".into(), hart.mcause, plain.mcause));
@@ -149,9 +149,9 @@ fn step_by_step(seed: u64, mut plain: Plain) {
         let pc = plain.pc;
         let text = machine.instruction_at(pc);
         assert!(plain.step().is_ok(), "HEDDLE_SEED={seed}: the two differ only when run as a whole");
-        machine.run(plain.instret, &mut Nobody);
+        machine.run(plain.icount, &mut Nobody);
         if let Some(found) = difference(&machine, &plain) {
-            panic!("HEDDLE_SEED={seed}, instruction {}: {pc:#x}  {text}\n{found}", plain.instret);
+            panic!("HEDDLE_SEED={seed}, instruction {}: {pc:#x}  {text}\n{found}", plain.icount);
         }
     }
 }
