@@ -4,6 +4,7 @@ use crate::args::Run;
 use crate::exit::{OK, TIMEOUT, UNEXPECTED, USAGE, coded};
 use anyhow::{Context, Result};
 use heddle_proto::manifest::{MachineSpec, Sleep};
+use heddle_proto::verdict::on_hart;
 use heddle_replay_engine::bare::{Bare, Pause};
 use heddle_replay_engine::machine::Machine;
 use heddle_replay_engine::machine::loader::{self, Images};
@@ -29,7 +30,7 @@ pub async fn run(command: Run) -> Result<u8> {
 }
 
 fn run_here(command: &Run) -> Result<u8> {
-    let machine = load(&command.elf, command.memory)?;
+    let machine = load(&command.elf, command.harts, command.memory)?;
     let epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut guest = Bare::new(machine, epoch.as_nanos() as i64);
     let mut input = if command.console { Some(standard_input()?) } else { None };
@@ -59,7 +60,7 @@ fn run_here(command: &Run) -> Result<u8> {
     }
 }
 
-fn load(path: &Path, memory_bytes: u64) -> Result<Machine> {
+fn load(path: &Path, harts: u32, memory_bytes: u64) -> Result<Machine> {
     let refused = |why: String| coded(USAGE, format!("{}: {why}", path.display()));
     let bytes = std::fs::read(path).map_err(|error| refused(error.to_string()))?;
     if !bytes.starts_with(b"\x7fELF") {
@@ -69,6 +70,7 @@ fn load(path: &Path, memory_bytes: u64) -> Result<Machine> {
         return Err(refused(format!("not an ELF: at offset 0, {found}, not 7f 45 4c 46")));
     }
     let spec = MachineSpec {
+        harts,
         memory_bytes,
         shift: SHIFT,
         sleep: Sleep::Off,
@@ -141,5 +143,5 @@ fn ending(machine: &mut Machine) -> Result<u8> {
 /// Where the guest is, for people.
 fn place(machine: &Machine) -> String {
     let pc = machine.hart().pc;
-    format!("pc {pc:#x} ({})", machine.instruction_at(pc))
+    format!("pc {pc:#x}{} ({})", on_hart(machine.named_hart()), machine.instruction_at(pc))
 }
