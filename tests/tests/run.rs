@@ -142,6 +142,45 @@ fn a_timer_wakes_an_idle_guest_and_nothing_else_does() {
 }
 
 #[test]
+fn as_many_harts_run_as_are_asked_for() {
+    let Some(assembler) = Assembler::new() else { return };
+    let finisher = |value: u64| format!("li t0, 0x100000\nli t1, {value:#x}\nsw t1, 0(t0)\nj .");
+    // Each counts itself; the first one waits for three.
+    let code = format!(
+        "csrr t0, mhartid\nbne t0, a0, 3f\nla t1, count\nli t2, 1\namoadd.w zero, t2, (t1)\nbeqz a0, 2f
+        1: wfi\nj 1b\n2: .word 0x0100000f\nlw t3, 0(t1)\nli t4, 3\nbne t3, t4, 2b\n{}\n3: {}
+        .data\n.balign 4\ncount: .word 0",
+        finisher(0x5555),
+        finisher(0x1_3333)
+    );
+    let elf = assembler.elf("harts", BASE, &code);
+    heddle(&elf, &["--harts", "3"], b"").expect(0);
+    let limit = ["--max-instructions", "100000"];
+    let alone = heddle(&elf, &limit, b"").expect(8);
+    assert!(!alone.err.contains(" on hart"), "{}", alone.err);
+    let two = heddle(&elf, &[&limit[..], &["--harts", "2"]].concat(), b"").expect(8);
+    assert!(two.err.contains(" on hart 0"), "{}", two.err);
+    for wrong in ["0", "9"] {
+        heddle(&elf, &["--harts", wrong], b"").expect(2);
+    }
+    let embedded = Embedded::default();
+    let path = elf.to_str().unwrap();
+    let record = ["record", "builtin", "--name", "three", "--harts", "3"];
+    let bundled = embedded.heddle(&record).expect(2);
+    assert!(bundled.err.contains("the bundled guest has one"), "{}", bundled.err);
+    embedded.heddle(&[&record[..], &["--kernel", path]].concat()).expect(0);
+    assert_eq!(embedded.heddle(&["replay", "three", "-o", "json"]).expect(0).json()["verdict"], "match");
+    assert_eq!(embedded.heddle(&["get", "recordings", "three", "-o", "json"]).expect(0).json()["harts"], 3);
+    // Who waits has passed its turn on; the first one's comes again and again.
+    let state = embedded.heddle(&["state", "three", "--at", "28", "-o", "json"]).expect(0).json();
+    assert_eq!(state["hart"], 0, "{state}");
+    let harts = state["harts"].as_array().unwrap();
+    let waits: Vec<bool> = harts.iter().map(|hart| hart["waits"].as_bool().unwrap()).collect();
+    assert_eq!(waits, [false, true, true], "{state}");
+    assert!(state["leaves"]["hart-2"].is_string() && state["leaves"]["turn"].is_string(), "{state}");
+}
+
+#[test]
 fn what_cannot_run_is_refused_with_what_and_where() {
     let Some(assembler) = Assembler::new() else { return };
     let refused = |path: &Path, text: &str| {

@@ -339,7 +339,7 @@ fn take_container(bytes: &[u8]) -> bool {
 }
 
 pub(super) fn container_seeds() -> Vec<Vec<u8>> {
-    let (snapshot, blocks) = snapshot_of();
+    let (snapshot, blocks) = snapshot_of(1);
     let entry = SnapshotEntry { icount: 0, event: 0, root: snapshot.root, digest: snapshot.digest };
     let plain = container(&manifest(builtin()), vec![], image_of("", guest::LOOM_ELF).1);
     let all = [image_of("", guest::LOOM_ELF).1, blocks].concat();
