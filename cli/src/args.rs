@@ -11,6 +11,7 @@ pub use run::Run;
 use crate::local::DEFAULT_SHARDS;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use heddle_node::network::Netdev;
+use heddle_proto::manifest::HARTS_MAX;
 use std::path::PathBuf;
 
 /// Record whole-system emulators into a Raft-replicated log, and replay them bit for
@@ -33,6 +34,9 @@ pub struct Args {
     #[command(subcommand)]
     pub command: Command,
 }
+
+/// Harts a machine can have.
+const MOST_HARTS: i64 = HARTS_MAX as i64;
 
 const EXIT_CODES: &str = "Exit codes: 0 ok, 1 unexpected, 2 usage, 3 diverged, 4 nothing selected, \
 5 corrupt, 6 incompatible build or version, 7 no quorum, 8 timeout";
@@ -336,6 +340,10 @@ pub struct RecordBuiltin {
     /// A virtio console. What is typed goes there instead of to the UART; both print here.
     #[arg(long)]
     pub virtio_console: bool,
+    /// Harts. They take turns of instructions on one thread, so that more of them make a guest
+    /// parallel, but not faster. The bundled guest has one.
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=MOST_HARTS))]
+    pub harts: u32,
     /// Guest RAM: 16M, 1G.
     #[arg(long, default_value = "128M", value_parser = parse_bytes)]
     pub memory: u64,

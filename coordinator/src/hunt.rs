@@ -135,14 +135,18 @@ fn instructions(task: &Task) -> u64 {
 }
 
 fn interval(divergence: &Divergence) -> Value {
-    json!({
+    let mut interval = json!({
         "kind": divergence.kind,
         "from": divergence.last_good,
         "to": divergence.position,
         "expected": divergence.expected,
         "found": divergence.found,
         "pc": divergence.pc,
-    })
+    });
+    if let Some(hart) = divergence.hart {
+        interval["hart"] = json!(hart);
+    }
+    interval
 }
 
 /// Whether the bad span went wrong in the same way on the other node.

@@ -34,6 +34,8 @@ pub struct RecordRequest {
     pub name: String,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
+    /// Harts.
+    pub harts: u32,
     /// Guest RAM.
     pub memory_bytes: u64,
     /// Nanoseconds an instruction, as a power of two.
@@ -210,6 +212,7 @@ async fn prepare(store: &StoreClient, request: &RecordRequest) -> Result<(Manife
         build: BUILTIN.into(),
         emulator: EmulatorSpec::Builtin {
             machine: Box::new(MachineSpec {
+                harts: request.harts,
                 memory_bytes: request.memory_bytes,
                 shift: request.shift,
                 sleep: request.sleep,

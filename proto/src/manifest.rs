@@ -6,10 +6,11 @@ use std::collections::BTreeMap;
 
 /// Largest encoded manifest.
 pub const MANIFEST_BYTES_MAX: usize = 64 << 10;
-/// The manifest's version. 3 added [`MachineSpec::devices`], which a build that reads only 2
-/// would pass over in silence; a newer one is refused by its number.
-pub const MANIFEST_VERSION: u32 = 3;
-/// The oldest version that is still read: its machines have disks alone.
+/// The manifest's version. 3 added [`MachineSpec::devices`] and 4 [`MachineSpec::harts`], which
+/// a build that reads only older ones would pass over in silence; a newer one is refused by its
+/// number.
+pub const MANIFEST_VERSION: u32 = 4;
+/// The oldest version that is still read: its machines have one hart, and disks alone.
 pub const MANIFEST_VERSION_OLDEST: u32 = 2;
 
 /// What was recorded, on what, and how.
@@ -50,6 +51,9 @@ pub enum EmulatorSpec {
 /// The built-in machine as configured.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineSpec {
+    /// Harts, which take turns on one thread.
+    #[serde(default = "one_hart")]
+    pub harts: u32,
     /// Guest RAM.
     pub memory_bytes: u64,
     /// Nanoseconds an instruction, as a power of two.
@@ -83,6 +87,14 @@ pub enum Device {
     Rng,
     /// A console beside the UART.
     Console,
+}
+
+/// Most harts, as on QEMU's `virt`.
+pub const HARTS_MAX: u32 = 8;
+
+/// What a machine has of whom it is not said.
+fn one_hart() -> u32 {
+    1
 }
 
 /// Slots for disks and devices together.
@@ -221,6 +233,8 @@ impl Manifest {
                 return bound(count <= 64, "files and disks", count, "at most 64");
             }
         };
+        let harts = u64::from(m.harts);
+        bound((1..=HARTS_MAX).contains(&m.harts), "harts", harts, "from 1 to 8")?;
         let memory = m.memory_bytes;
         let whole = memory % (1 << 21) == 0 && (1 << 21..=4 << 30).contains(&memory);
         bound(whole, "memory_bytes", memory, "a multiple of 2 MiB, from 2 MiB to 4 GiB")?;
@@ -262,14 +276,37 @@ mod tests {
     }
 
     #[test]
-    fn an_older_manifest_has_no_devices_and_others_are_refused_by_number() {
+    fn an_older_manifest_has_one_hart_and_no_devices_and_others_are_refused_by_number() {
         let older = Manifest::decode(OLDER.as_bytes()).unwrap();
         assert_eq!(older.version, 2);
         assert!(older.builtin().unwrap().0.devices.is_empty());
+        let old = OLDER.replacen("2", "3", 1).replace("\"drives\":[]", "\"drives\":[],\"devices\":[\"rng\"]");
+        let old = Manifest::decode(old.as_bytes()).unwrap();
+        assert_eq!((old.version, &old.builtin().unwrap().0.devices[..]), (3, &[Device::Rng][..]));
+        for manifest in [older, old] {
+            assert_eq!(manifest.builtin().unwrap().0.harts, 1);
+        }
         for version in [1, MANIFEST_VERSION + 1] {
             let other = OLDER.replacen("2", &version.to_string(), 1);
             let error = Manifest::decode(other.as_bytes()).unwrap_err().to_string();
-            assert!(error.contains(&format!("version {version}; this build reads 2 to 3")), "{error}");
+            assert!(error.contains(&format!("version {version}; this build reads 2 to 4")), "{error}");
+        }
+    }
+
+    #[test]
+    fn harts_are_as_many_as_there_can_be() {
+        let with = |harts: u32| {
+            let mut manifest = Manifest::decode(OLDER.as_bytes()).unwrap();
+            manifest.version = MANIFEST_VERSION;
+            if let EmulatorSpec::Builtin { machine, .. } = &mut manifest.emulator {
+                machine.harts = harts;
+            }
+            Manifest::decode(&manifest.encode()).map(|manifest| manifest.builtin().unwrap().0.harts)
+        };
+        assert_eq!([1, 2, 8].map(|harts| with(harts).unwrap()), [1, 2, 8]);
+        for harts in [0, 9, u32::MAX] {
+            let error = with(harts).unwrap_err().to_string();
+            assert_eq!(error, format!("manifest's harts is {harts}: from 1 to 8"));
         }
     }
 

@@ -130,16 +130,30 @@ pub struct Divergence {
     pub last_good: Position,
     /// The guest's program counter.
     pub pc: u64,
+    /// Of which hart, where there are several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hart: Option<u32>,
 }
 
 impl fmt::Display for Divergence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} at {}: expected {}; found {}; pc {:#x}; last good at {}",
-            self.kind, self.position, self.expected, self.found, self.pc, self.last_good
+            "{} at {}: expected {}; found {}; pc {:#x}{}; last good at {}",
+            self.kind,
+            self.position,
+            self.expected,
+            self.found,
+            self.pc,
+            on_hart(self.hart),
+            self.last_good
         )
     }
+}
+
+/// Said behind a program counter: whose it is, where there are several harts.
+pub fn on_hart(hart: Option<u32>) -> String {
+    hart.map_or_else(String::new, |hart| format!(" on hart {hart}"))
 }
 
 impl Verdict {
@@ -166,6 +180,9 @@ pub struct Finding {
     pub event: u64,
     /// Program counter of the instruction that ran last before.
     pub pc: u64,
+    /// The hart that ran it, where there are several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hart: Option<u32>,
     /// That instruction, disassembled.
     pub instruction: String,
     /// What differs: registers, pages, leaves, each with both values.

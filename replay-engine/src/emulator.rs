@@ -18,8 +18,8 @@ use crate::warp::Warp;
 use heddle_proto::manifest::{Positions, Sleep};
 use heddle_proto::verdict::{Proof, Side};
 use heddle_proto::{
-    AsyncEvent, Body, CheckpointKind, ClockKind, DivergenceKind, Event, Hash, Outcome, Position, QemuEvent,
-    Verdict,
+    AsyncEvent, Body, CheckpointKind, ClockKind, Divergence, DivergenceKind, Event, Hash, Outcome, Position,
+    QemuEvent, Verdict,
 };
 
 /// The real world, as a recording sees it.
@@ -239,7 +239,11 @@ impl Emulator {
         };
         let outcome = match replayer.outcome() {
             Some(ReplayEnd::Match) => Outcome::Match,
-            Some(ReplayEnd::Diverged(divergence)) => Outcome::Diverged(divergence.clone()),
+            Some(ReplayEnd::Diverged(divergence)) => {
+                // It ended there, so it is still that hart's turn.
+                let hart = self.machine.named_hart();
+                Outcome::Diverged(Box::new(Divergence { hart, ..(**divergence).clone() }))
+            }
             Some(ReplayEnd::Failed(error)) => return Err(error.clone()),
             None => return Err("the replay has not ended".into()),
         };

@@ -37,6 +37,7 @@ pub fn spec() -> MachineSpec {
         name: name.into(),
     };
     MachineSpec {
+        harts: 1,
         memory_bytes: 16 << 20,
         shift: 3,
         sleep: Sleep::On,

@@ -3,6 +3,7 @@
 
 use crate::emulator::Emulator;
 use crate::machine::disasm::{float_register_name, register_name};
+use crate::machine::hart::Hart;
 use crate::replayer::ReplayEnd;
 use crate::schedule::advance;
 use heddle_proto::verdict::{Finding, Masked};
@@ -48,10 +49,15 @@ impl Pair {
 
     fn registers_equal(&self) -> bool {
         let (a, b) = (self.a.machine(), self.b.machine());
-        let traces_equal = a.trace == b.trace;
+        let (traces_equal, same_turn) = (a.trace == b.trace, a.current_hart() == b.current_hart());
         let (a, b) = (a.hart(), b.hart());
         let floats_equal = a.f == b.f && a.fcsr == b.fcsr;
-        traces_equal && floats_equal && a.x[..32] == b.x[..32] && a.pc == b.pc && a.mode == b.mode
+        traces_equal
+            && same_turn
+            && floats_equal
+            && a.x[..32] == b.x[..32]
+            && a.pc == b.pc
+            && a.mode == b.mode
     }
 
     fn is_equal(&mut self) -> bool {
@@ -62,16 +68,11 @@ impl Pair {
 
     /// What differs now: registers with both values, then pages and leaves.
     fn differences(&mut self) -> Vec<String> {
-        let (a, b) = (self.a.machine().hart().clone(), self.b.machine().hart().clone());
-        let mut out: Vec<String> = (1..32)
-            .filter(|n| a.x[*n] != b.x[*n])
-            .map(|n| format!("{} ({:#x} / {:#x})", register_name(n), a.x[n], b.x[n]))
-            .collect();
-        let floats = (0..32).filter(|n| a.f[*n] != b.f[*n]);
-        out.extend(floats.map(|n| format!("{} ({:#x} / {:#x})", float_register_name(n), a.f[n], b.f[n])));
-        if a.pc != b.pc {
-            out.push(format!("pc ({:#x} / {:#x})", a.pc, b.pc));
-        }
+        let turns = [self.a.machine().current_hart(), self.b.machine().current_hart()];
+        let mut out = match turns {
+            [a, b] if a != b => vec![format!("whose turn it is (hart {a} / hart {b})")],
+            _ => register_differences(self.a.machine().hart(), self.b.machine().hart()),
+        };
         self.a.digest();
         self.b.digest();
         let ((tree_a, rest_a), (tree_b, rest_b)) = (self.a.parts(), self.b.parts());
@@ -79,6 +80,20 @@ impl Pair {
         out.extend(tree_a.differences(tree_b, machines, [rest_a, rest_b]));
         out
     }
+}
+
+/// Registers that differ, each with both values.
+fn register_differences(a: &Hart, b: &Hart) -> Vec<String> {
+    let mut out: Vec<String> = (1..32)
+        .filter(|n| a.x[*n] != b.x[*n])
+        .map(|n| format!("{} ({:#x} / {:#x})", register_name(n), a.x[n], b.x[n]))
+        .collect();
+    let floats = (0..32).filter(|n| a.f[*n] != b.f[*n]);
+    out.extend(floats.map(|n| format!("{} ({:#x} / {:#x})", float_register_name(n), a.f[n], b.f[n])));
+    if a.pc != b.pc {
+        out.push(format!("pc ({:#x} / {:#x})", a.pc, b.pc));
+    }
+    out
 }
 
 /// Finds the first difference up to icount `to`. With `every_instruction` the
@@ -136,12 +151,14 @@ fn scan(
         if (stride > 1 || steps % 4096 == 0) && is_cancelled() {
             return Err("cancelled".into());
         }
-        let pc = pair.a.machine().hart().pc;
+        let pcs: Vec<u64> = pair.a.machine().all_harts().map(|hart| hart.pc).collect();
         let next = (*equal_at + stride).min(to);
         let both_ran = pair.advance(next);
         let registers_do = (stride == 1 || pair.is_traced()) && both_ran;
         let is_equal = if registers_do { pair.registers_equal() } else { pair.is_equal() };
         if !is_equal {
+            // Whose turn it still is has executed it: the turn may have passed to it before.
+            let pc = pcs[pair.a.machine().current_hart()];
             let instruction =
                 if stride == 1 { pair.a.machine_mut().instruction_at(pc) } else { String::new() };
             return Ok(Some((pc, instruction)));
@@ -165,6 +182,7 @@ fn describe(pair: &mut Pair, pc: u64, instruction: String) -> Finding {
         icount: position.icount.min(pair.icount()),
         event: pair.a.position().event,
         pc,
+        hart: pair.a.machine().named_hart(),
         instruction,
         differs: pair.differences(),
         kind: diverged.unwrap_or_else(|| "state".into()),

@@ -173,6 +173,7 @@ impl Replayer {
             found,
             last_good,
             pc,
+            hart: None,
         })));
     }
 

@@ -2,7 +2,8 @@
 //! Its root is the digest; its blocks are a snapshot.
 
 use crate::checks::Checks;
-use crate::machine::hart::Hart;
+use crate::machine::hart::{Hart, TLB_ENTRIES};
+use crate::machine::harts::Turn;
 use crate::machine::ram::PAGE;
 use crate::machine::{BottomHalf, Card, Machine, VirtualClock};
 use crate::page_tree::{BlockSource, PageTree, page_hash};
@@ -11,10 +12,10 @@ use heddle_proto::{Hash, Position};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// Which state a digest covers: all that this machine has.
-pub const COVERAGE: &str = "ram, disk overlays, hart (registers, floating point, csrs, tlb, reservation), clint, \
-     plic, uart, rtc, virtio queues and requests in flight, timers, bottom halves, clock, warp";
+pub const COVERAGE: &str = "ram, disk overlays, harts (registers, floating point, csrs, tlb, reservation) and \
+     their turn, clint, plic, uart, rtc, virtio queues and requests in flight, timers, bottom halves, clock, warp";
 /// Version of [`SnapshotRoot`]; another one is refused by its number.
-const SNAPSHOT_VERSION: u32 = 3;
+const SNAPSHOT_VERSION: u32 = 4;
 
 /// Page trees kept up to date from digest to digest.
 #[derive(Clone, Debug)]
@@ -215,12 +216,21 @@ impl StateTree {
                 Ok(())
             })?);
         }
-        let shift = machine.clock.shift;
+        let (shift, count) = (machine.clock.shift, machine.hart_count());
+        let is_hart = |name: &str| name == "hart" || name.starts_with("hart-");
+        let harts = snapshot.leaves.iter().filter(|(name, _)| is_hart(name)).count();
+        if harts != count {
+            return Err(format!("harts of the snapshot: {harts}; of the manifest's machine: {count}"));
+        }
         let rest = put_leaves(machine, &snapshot.leaves)?;
         let halves_agree = machine.bottom_halves.iter().all(|half| machine.has_queue(half));
+        // A kick is of the hart whose turn it is: no other would ever take it.
+        let parked_kicks = machine.all_harts().filter(|hart| hart.kick_pending).count();
         let fits = machine.clock.shift == shift
             && machine.icount == snapshot.position.icount
-            && machine.plic.is_whole()
+            && machine.clint.is_whole(count)
+            && machine.plic.is_whole(count)
+            && parked_kicks == usize::from(machine.hart.kick_pending)
             && halves_agree;
         if !fits {
             return Err("the snapshot's leaves do not fit the manifest's machine".into());
@@ -254,15 +264,22 @@ impl StateTree {
             }
         }
         let (a, b) = (leaves(machines[0], rests[0]), leaves(machines[1], rests[1]));
-        for ((name, a), (_, b)) in a.iter().zip(&b) {
-            // Registers are named one by one, by who has both values; of a hart this is the rest.
-            let [hart, other] = machines.map(|machine| &machine.hart);
-            let registers_equal = hart.x == other.x && hart.pc == other.pc && hart.f == other.f;
-            match name.as_str() {
-                "hart" if a != b && registers_equal => out.push("hart (csrs, tlb or reservation)".into()),
-                "hart" => {}
-                _ if a != b => out.push(format!("device {name}")),
-                _ => {}
+        let [hart, other] = machines.map(|machine| &machine.hart);
+        let registers_equal = hart.x == other.x && hart.pc == other.pc && hart.f == other.f;
+        let is_same_turn = machines[0].current_hart() == machines[1].current_hart();
+        let current = hart_leaf(machines[0].hart_count(), machines[0].current_hart());
+        for ((name, _), _) in a.iter().zip(&b).filter(|(a, b)| a.1 != b.1) {
+            if is_same_turn && *name == current {
+                // Registers are named one by one, by who has both values; of a hart this is the rest.
+                if registers_equal {
+                    out.push(format!("{name} (csrs, tlb or reservation)"));
+                }
+            } else if name.starts_with("hart") {
+                out.push(format!("{name} (registers, csrs, tlb or reservation)"));
+            } else if name == "turn" {
+                out.push(name.clone());
+            } else {
+                out.push(format!("device {name}"));
             }
         }
         out
@@ -291,7 +308,12 @@ fn decode<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T, String> {
     postcard::from_bytes(bytes).map_err(|error| format!("{what} does not decode: {error}"))
 }
 
-/// The named leaves: every device and every scalar.
+/// The leaf of a hart. One that is alone has no number.
+fn hart_leaf(count: usize, number: usize) -> String {
+    if count == 1 { "hart".into() } else { format!("hart-{number}") }
+}
+
+/// The named leaves: every hart, every device and every scalar.
 fn leaves(machine: &Machine, rest: &Rest) -> Vec<(String, Vec<u8>)> {
     let scalars = Scalars {
         icount: machine.icount,
@@ -300,17 +322,24 @@ fn leaves(machine: &Machine, rest: &Rest) -> Vec<(String, Vec<u8>)> {
         next_bottom_half: machine.next_bottom_half,
         next_request: machine.next_request,
     };
-    let mut leaves = vec![
-        ("hart".into(), encode(&machine.hart)),
-        ("clint".into(), encode(&machine.clint)),
-        ("plic".into(), encode(&machine.plic)),
-        ("uart".into(), encode(&machine.uart)),
-        ("rtc".into(), encode(&machine.rtc)),
-        ("clock".into(), encode(&machine.clock)),
-        ("timers".into(), encode(&machine.timers)),
-        ("machine".into(), encode(&scalars)),
-        ("rest".into(), encode(rest)),
+    let mut leaves: Vec<(String, Vec<u8>)> = vec![];
+    for (number, hart) in machine.all_harts().enumerate() {
+        leaves.push((hart_leaf(machine.hart_count(), number), encode(hart)));
+    }
+    if let Some(turn) = machine.turn() {
+        leaves.push(("turn".into(), encode(&turn)));
+    }
+    let others = [
+        ("clint", encode(&machine.clint)),
+        ("plic", encode(&machine.plic)),
+        ("uart", encode(&machine.uart)),
+        ("rtc", encode(&machine.rtc)),
+        ("clock", encode(&machine.clock)),
+        ("timers", encode(&machine.timers)),
+        ("machine", encode(&scalars)),
+        ("rest", encode(rest)),
     ];
+    leaves.extend(others.map(|(name, bytes)| (name.to_string(), bytes)));
     for (i, drive) in machine.drives.iter().enumerate() {
         leaves.push((format!("virtio-block-{i}"), encode(&drive.controller)));
     }
@@ -319,16 +348,16 @@ fn leaves(machine: &Machine, rest: &Rest) -> Vec<(String, Vec<u8>)> {
 }
 
 fn put_leaves(machine: &mut Machine, leaves: &[(String, Vec<u8>)]) -> Result<Rest, String> {
-    let mut rest = None;
+    let (mut rest, mut turn) = (None, None);
+    let count = machine.hart_count();
+    let harts: Vec<String> = (0..count).map(|number| hart_leaf(count, number)).collect();
     for (name, bytes) in leaves {
+        if let Some(number) = harts.iter().position(|hart| hart == name) {
+            put_hart(machine, number, name, bytes)?;
+            continue;
+        }
         match name.as_str() {
-            "hart" => {
-                let hart: Hart = decode(name, bytes)?;
-                if hart.tlb.len() != crate::machine::hart::TLB_ENTRIES {
-                    return Err("snapshot's TLB has another size".into());
-                }
-                machine.hart = hart;
-            }
+            "turn" if count > 1 => turn = Some(decode::<Turn>(name, bytes)?),
             "clint" => machine.clint = decode(name, bytes)?,
             "plic" => machine.plic = decode(name, bytes)?,
             "uart" => machine.uart = decode(name, bytes)?,
@@ -350,7 +379,20 @@ fn put_leaves(machine: &mut Machine, leaves: &[(String, Vec<u8>)]) -> Result<Res
             _ => put_virtio_leaf(machine, name, bytes)?,
         }
     }
+    if count > 1 {
+        // Behind the icount and the harts, whose turn it must be.
+        machine.set_turn(turn.ok_or("snapshot lacks the leaf turn")?)?;
+    }
     rest.ok_or_else(|| "snapshot lacks the leaf rest".into())
+}
+
+fn put_hart(machine: &mut Machine, number: usize, name: &str, bytes: &[u8]) -> Result<(), String> {
+    let hart: Hart = decode(name, bytes)?;
+    if hart.tlb.len() != TLB_ENTRIES {
+        return Err("snapshot's TLB has another size".into());
+    }
+    *machine.hart_at_mut(number).ok_or_else(|| format!("no {name} here"))? = hart;
+    Ok(())
 }
 
 fn put_virtio_leaf(machine: &mut Machine, name: &str, bytes: &[u8]) -> Result<(), String> {

@@ -16,10 +16,10 @@ pub enum TimerClock {
 /// Who is called when a timer expires.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum TimerId {
-    /// The CLINT's compare register of the hart.
-    Clint,
+    /// The CLINT's compare register of the hart of this number.
+    Clint(usize),
     /// The hart's own, `stimecmp`.
-    Supervisor,
+    Supervisor(usize),
     /// The goldfish RTC's alarm.
     RtcAlarm,
     /// The warp timer: wakes the vCPU when idle time is over.

@@ -366,6 +366,7 @@ fn hostile_virtio_queues_never_panic_and_never_reach_outside_of_ram() {
 fn a_damaged_elf_is_an_error_and_never_a_panic() {
     let elf = heddle_replay_engine::guest::LOOM_ELF;
     let spec = MachineSpec {
+        harts: 1,
         memory_bytes: 4 << 20,
         shift: 0,
         sleep: Sleep::On,

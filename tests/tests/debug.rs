@@ -198,6 +198,73 @@ async fn gdb_runs_to_breakpoints_and_back_through_the_same_ones() {
     p.cluster.stop().await;
 }
 
+/// Each hart counts to 4096, with a `pause` every time; the first one then switches off.
+const TAKING_TURNS: [u32; 11] = [
+    0xf140_2573, //  0  csrr a0, mhartid
+    0x0012_8293, //  4  addi t0, t0, 1
+    0x0100_000f, //  8  pause
+    0x0000_1337, //  c  lui t1, 1
+    0xfe62_9ae3, // 10  bne t0, t1, 0x4
+    0x0005_1063, // 14  bnez a0, 0x14
+    0x0010_0337, // 18  lui t1, 256
+    0x0000_53b7, // 1c  lui t2, 5
+    0x5553_839b, // 20  addiw t2, t2, 1365
+    0x0073_2023, // 24  sw t2, 0(t1)
+    0x0000_006f, // 28  j 0x28
+];
+
+/// An ELF of one segment at the beginning of RAM, and of no sections.
+fn elf(code: &[u32]) -> Vec<u8> {
+    const BASE: u64 = 0x8000_0000;
+    let bytes: Vec<u8> = code.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let len = bytes.len() as u64;
+    let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
+    elf.resize(16, 0);
+    let halves = |of: &[u16]| of.iter().flat_map(|half| half.to_le_bytes()).collect::<Vec<u8>>();
+    let words = |of: &[u32]| of.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+    let longs = |of: &[u64]| of.iter().flat_map(|long| long.to_le_bytes()).collect::<Vec<u8>>();
+    // Executable, RISC-V, version 1, entry, the segments' place; then sizes and counts.
+    elf.extend([halves(&[2, 243]), words(&[1]), longs(&[BASE, 64, 0]), words(&[0])].concat());
+    elf.extend(halves(&[64, 56, 1, 0, 0, 0]));
+    // To load, readable and executable; where in the file, where in memory, and how much.
+    elf.extend([words(&[1, 5]), longs(&[120, BASE, BASE, len, len, 4]), bytes].concat());
+    elf
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gdb_sees_each_hart_as_a_thread() {
+    let p = Processes::start(1, 10_000).await;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), elf(&TAKING_TURNS)).unwrap();
+    let kernel = file.path().to_str().unwrap();
+    p.heddle(&["record", "builtin", "--name", NAME, "--kernel", kernel, "--harts", "3"]).await.expect(0);
+    let session = Session::start(&p, 1000, &[]);
+    let mut steps = vec!["break *0x80000008"];
+    for _ in 0..3 {
+        steps.extend(["continue", "p/x $a0"]);
+    }
+    steps.extend(["p/x $pc", "monitor icount", "stepi", "p/x $pc", "monitor icount"]);
+    steps.extend(["reverse-stepi", "p/x $pc", "monitor icount", "monitor where", "delete"]);
+    for thread in ["thread 1", "thread 2", "thread 3"] {
+        steps.extend([thread, "p/x $a0"]);
+    }
+    let said = session.gdb(&steps).await;
+    let mut found = values(&said);
+    assert_eq!(found.len(), 9, "{said}");
+    // A pause passes the turn, so each is stopped once.
+    found[..3].sort_unstable();
+    assert_eq!(found[..3], ["0x0", "0x1", "0x2"], "{said}");
+    // The hart that is stepped is shown, though it is another's turn then.
+    assert_eq!(found[3..6], ["0x80000008", "0x8000000c", "0x80000008"], "{said}");
+    found[6..].sort_unstable();
+    assert_eq!(found[6..], ["0x0", "0x1", "0x2"], "{said}");
+    let at = icounts(&said);
+    assert_eq!((at[1], at[2]), (at[0] + 1, at[0]), "{said}");
+    assert!(said.contains(": pc 0x80000008 on hart "), "{said}");
+    drop(session);
+    p.cluster.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_state_is_the_replays_and_a_part_is_judged_alone() {
     let p = recorded().await;

@@ -78,6 +78,32 @@ fn linux_boots_takes_commands_writes_its_disk_and_replays() {
     assert!(events("block") >= 20, "requests of the disk are recorded");
 }
 
+/// What is printed is not what is typed, which is echoed.
+const TYPED_TO_FOUR: &str = "\
+nproc && cat /sys/devices/system/cpu/online
+for n in 1 2 3 4; do (i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done; echo woven-$((n*11))) & done; wait
+echo processors-$(grep -c ^processor /proc/cpuinfo)
+poweroff -f
+";
+
+#[test]
+fn linux_boots_on_four_harts_and_replays_whole_and_in_spans() {
+    let embedded = Embedded::default();
+    let mut record = embedded.command();
+    if !boot(&mut record, &["--harts", "4"]) {
+        return;
+    }
+    let recorded = run(&mut record, TYPED_TO_FOUR.as_bytes()).expect(0);
+    let lines: BTreeSet<&str> = recorded.out.lines().map(str::trim).collect();
+    for line in ["4", "0-3", "woven-11", "woven-22", "woven-33", "woven-44", "processors-4"] {
+        assert!(lines.contains(line), "{line:?} is not on the console:\n{}", recorded.out);
+    }
+    for (text, spans) in [("1", 1), ("4", 4)] {
+        let replayed = embedded.heddle(&["replay", "linux", "--spans", text, "-o", "json"]).expect(0).json();
+        expect_match(&replayed, spans);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn linux_recorded_until_a_text_replays_in_spans_on_two_nodes() {
     let p = Processes::start(2, 20_000).await;

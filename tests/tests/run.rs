@@ -108,9 +108,8 @@ fn a_program_for_htif_has_accessed_and_dirty_to_itself() {
     let bit = "csrr t0, 0x30a\nsrli t0, t0, 61\nandi t0, t0, 1";
     let htif = format!("{bit}\nslli t0, t0, 1\nori t0, t0, 1\nla t1, tohost\nsd t0, 0(t1)\nj .\n{HTIF}");
     heddle(&assembler.elf("software", BASE, &htif), &[], b"").expect(0);
-    let finisher = format!(
-        "{bit}\nslli t0, t0, 16\nli t1, 0x3333\nor t1, t1, t0\nli t2, 0x100000\nsw t1, 0(t2)\nj ."
-    );
+    let finisher =
+        format!("{bit}\nslli t0, t0, 16\nli t1, 0x3333\nor t1, t1, t0\nli t2, 0x100000\nsw t1, 0(t2)\nj .");
     heddle(&assembler.elf("hardware", BASE, &finisher), &[], b"").expect(1);
 }
 
@@ -189,6 +188,45 @@ fn a_timer_wakes_an_idle_guest_and_nothing_else_does() {
     let spins =
         heddle(&assembler.elf("spins", BASE, "j ."), &["--max-instructions", "5000000"], b"").expect(8);
     assert!(spins.err.contains("5000000 instructions"), "{}", spins.err);
+}
+
+#[test]
+fn as_many_harts_run_as_are_asked_for() {
+    let Some(assembler) = Assembler::new() else { return };
+    let finisher = |value: u64| format!("li t0, 0x100000\nli t1, {value:#x}\nsw t1, 0(t0)\nj .");
+    // Each counts itself; the first one waits for three.
+    let code = format!(
+        "csrr t0, mhartid\nbne t0, a0, 3f\nla t1, count\nli t2, 1\namoadd.w zero, t2, (t1)\nbeqz a0, 2f
+        1: wfi\nj 1b\n2: .word 0x0100000f\nlw t3, 0(t1)\nli t4, 3\nbne t3, t4, 2b\n{}\n3: {}
+        .data\n.balign 4\ncount: .word 0",
+        finisher(0x5555),
+        finisher(0x1_3333)
+    );
+    let elf = assembler.elf("harts", BASE, &code);
+    heddle(&elf, &["--harts", "3"], b"").expect(0);
+    let limit = ["--max-instructions", "100000"];
+    let alone = heddle(&elf, &limit, b"").expect(8);
+    assert!(!alone.err.contains(" on hart"), "{}", alone.err);
+    let two = heddle(&elf, &[&limit[..], &["--harts", "2"]].concat(), b"").expect(8);
+    assert!(two.err.contains(" on hart 0"), "{}", two.err);
+    for wrong in ["0", "9"] {
+        heddle(&elf, &["--harts", wrong], b"").expect(2);
+    }
+    let embedded = Embedded::default();
+    let path = elf.to_str().unwrap();
+    let record = ["record", "builtin", "--name", "three", "--harts", "3"];
+    let bundled = embedded.heddle(&record).expect(2);
+    assert!(bundled.err.contains("the bundled guest has one"), "{}", bundled.err);
+    embedded.heddle(&[&record[..], &["--kernel", path]].concat()).expect(0);
+    assert_eq!(embedded.heddle(&["replay", "three", "-o", "json"]).expect(0).json()["verdict"], "match");
+    assert_eq!(embedded.heddle(&["get", "recordings", "three", "-o", "json"]).expect(0).json()["harts"], 3);
+    // Who waits has passed its turn on; the first one's comes again and again.
+    let state = embedded.heddle(&["state", "three", "--at", "28", "-o", "json"]).expect(0).json();
+    assert_eq!(state["hart"], 0, "{state}");
+    let harts = state["harts"].as_array().unwrap();
+    let waits: Vec<bool> = harts.iter().map(|hart| hart["waits"].as_bool().unwrap()).collect();
+    assert_eq!(waits, [false, true, true], "{state}");
+    assert!(state["leaves"]["hart-2"].is_string() && state["leaves"]["turn"].is_string(), "{state}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The argument of `heddle run`.
 
-use super::parse_bytes;
+use super::{MOST_HARTS, parse_bytes};
 use clap::Args as ClapArgs;
 use std::path::PathBuf;
 
@@ -10,10 +10,13 @@ const MEMORY_MAX: u64 = 4 << 30;
 /// `heddle run`.
 #[derive(ClapArgs, Debug, Clone)]
 pub struct Run {
-    /// A bare-metal RISC-V ELF. It begins at its entry, in machine mode, on hart 0, with the
-    /// device tree's address in a1. It ends by a store to the test finisher, or to `tohost`
-    /// where it has that symbol; its exit code is ours.
+    /// A bare-metal RISC-V ELF. It begins at its entry, in machine mode, on every hart, with the
+    /// hart's number in a0 and the device tree's address in a1. It ends by a store to the test
+    /// finisher, or to `tohost` where it has that symbol; its exit code is ours.
     pub elf: PathBuf,
+    /// Harts. They take turns of instructions on one thread.
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=MOST_HARTS))]
+    pub harts: u32,
     /// Guest RAM: 16M, 1G.
     #[arg(long, default_value = "128M", value_parser = parse_memory)]
     pub memory: u64,

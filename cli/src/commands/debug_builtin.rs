@@ -9,6 +9,7 @@ use anyhow::{Context, Result, anyhow};
 use heddle_node::blocks::BlockCache;
 use heddle_node::debugger::Recorded;
 use heddle_node::gdb::{self, Door};
+use heddle_proto::verdict::on_hart;
 use heddle_replay_engine::debugger::Session;
 use serde_json::json;
 use std::net::TcpListener;
@@ -31,31 +32,37 @@ pub async fn run(cluster: &Cluster, recording: &Recording, command: Debug, forma
         session.goto(at).map_err(|error| anyhow!(error))?;
         session.settle();
         let pc = session.machine().hart().pc;
-        let said = (session.icount(), pc, session.machine().instruction_at(pc), session.ending());
+        let instruction = session.machine().instruction_at(pc);
+        let hart = session.machine().named_hart();
+        let said = (session.icount(), pc, hart, instruction, session.ending());
         let _ = ready.send(said);
         gdb::serve(&door, session)
     });
-    let Ok((icount, pc, instruction, ending)) = told.await else {
+    let Ok((icount, pc, hart, instruction, ending)) = told.await else {
         session.await.context("the session's thread")??;
         return Ok(OK);
     };
     let said = ending.filter(|_| icount < at).unwrap_or_default();
     match format {
-        Format::Json | Format::Yaml => output::value(
-            format,
-            &json!({
+        Format::Json | Format::Yaml => {
+            let mut value = json!({
                 "recording": command.recording, "icount": icount, "pc": pc, "instruction": instruction,
                 "socket": address, "said": said,
-            }),
-        )?,
+            });
+            if let Some(hart) = hart {
+                value["hart"] = json!(hart);
+            }
+            output::value(format, &value)?;
+        }
         _ => {
             if !said.is_empty() {
                 output::line(said)?;
             }
             output::line(format!(
-                "{} stands at icount {}: pc {pc:#x}  {instruction}\n  gdb-multiarch -ex 'target remote {address}'\n  reverse-stepi, reverse-continue, watch and monitor where work; Ctrl-C here ends the session",
+                "{} stands at icount {}: pc {pc:#x}{}  {instruction}\n  gdb-multiarch -ex 'target remote {address}'\n  reverse-stepi, reverse-continue, watch and monitor where work; Ctrl-C here ends the session",
                 command.recording,
                 output::grouped(icount),
+                on_hart(hart),
             ))?;
         }
     }

@@ -85,6 +85,7 @@ fn columns(kind: Kind) -> &'static [Column] {
             Column("SNAPSHOTS", "snapshots", false),
             Column("ID", "id", true),
             Column("BUILD", "build", true),
+            Column("HARTS", "harts", true),
             Column("LABELS", "labels", true),
             Column("EPOCH", "epoch", true),
         ],
@@ -205,6 +206,7 @@ fn recording_row(recording: &Recording) -> Value {
         "snapshots": row.snapshots.len(),
         "epoch": row.epoch,
         "build": manifest.build,
+        "harts": manifest.builtin().map(|(machine, _)| machine.harts),
         "labels": manifest.labels,
         "created_unix_ms": manifest.created_unix_ms,
     })

@@ -9,7 +9,7 @@ use crate::output;
 use anyhow::Result;
 use heddle_node::blocks::put_image;
 use heddle_proto::v1;
-use heddle_proto::verdict::SideB;
+use heddle_proto::verdict::{SideB, on_hart};
 use serde_json::{Value, json};
 use std::time::Instant;
 
@@ -165,9 +165,10 @@ pub fn text(card: &Value, name: &str) -> String {
     let differs: Vec<&str> =
         finding["differs"].as_array().unwrap_or(&empty).iter().filter_map(Value::as_str).collect();
     out.push_str(&format!(
-        "   kind      {}\n   pc        {:#x}  {}\n   differs   {}\n",
+        "   kind      {}\n   pc        {:#x}{}  {}\n   differs   {}\n",
         finding["kind"].as_str().unwrap_or_default(),
         finding["pc"].as_u64().unwrap_or(0),
+        on_hart(finding["hart"].as_u64().map(|hart| hart as u32)),
         finding["instruction"].as_str().unwrap_or_default(),
         differs.join(", ")
     ));

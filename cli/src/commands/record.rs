@@ -100,9 +100,13 @@ fn request(command: &RecordBuiltin, outbox_dir: PathBuf) -> Result<RecordRequest
     if command.snapshot_every % DIGEST_EVERY != 0 {
         return Err(coded(USAGE, format!("--snapshot-every must be a multiple of {DIGEST_EVERY}")));
     }
+    if is_bundled && command.harts > 1 {
+        return Err(coded(USAGE, "--harts: the bundled guest has one; give a --kernel or a --bios"));
+    }
     Ok(RecordRequest {
         name: command.common.name.clone(),
         labels: labels(&command.common.labels)?,
+        harts: command.harts,
         memory_bytes: if is_bundled { BUNDLED_MEMORY } else { command.memory },
         shift: command.shift,
         sleep: if command.sleep == "off" { Sleep::Off } else { Sleep::On },

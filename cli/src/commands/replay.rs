@@ -12,7 +12,7 @@ use anyhow::Result;
 use heddle_node::blocks::BlockCache;
 use heddle_node::qemu::span::QemuSpan;
 use heddle_node::replay::{Control, Span};
-use heddle_proto::verdict::TaskResult;
+use heddle_proto::verdict::{TaskResult, on_hart};
 use heddle_proto::{Outcome, Verdict, v1};
 use heddle_storage::channel::is_transient;
 use serde_json::{Value, json};
@@ -190,8 +190,14 @@ pub(super) fn print(value: &Value, name: &str, format: Format) -> Result<()> {
                 serde_json::from_value::<heddle_proto::Divergence>(value["divergence"].clone())
             {
                 text.push_str(&format!(
-                    "\n DIVERGED, {}, at {}\n   expected  {}\n   found     {}\n   pc        {:#x}\n   last good {}",
-                    divergence.kind, divergence.position, divergence.expected, divergence.found, divergence.pc, divergence.last_good
+                    "\n DIVERGED, {}, at {}\n   expected  {}\n   found     {}\n   pc        {:#x}{}\n   last good {}",
+                    divergence.kind,
+                    divergence.position,
+                    divergence.expected,
+                    divergence.found,
+                    divergence.pc,
+                    on_hart(divergence.hart),
+                    divergence.last_good
                 ));
             }
             output::line(text)

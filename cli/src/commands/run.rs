@@ -6,6 +6,7 @@ use crate::args::Run;
 use crate::exit::{OK, TIMEOUT, UNEXPECTED, USAGE, coded};
 use anyhow::{Context, Result};
 use heddle_proto::manifest::{MachineSpec, Sleep};
+use heddle_proto::verdict::on_hart;
 use heddle_replay_engine::bare::{Bare, Pause};
 use heddle_replay_engine::machine::Machine;
 use heddle_replay_engine::machine::loader::{self, Images};
@@ -37,7 +38,7 @@ fn run_here(command: &Run) -> Result<u8> {
         Some(file) => Some((file, signature_of(&command.elf, &elf)?)),
         None => None,
     };
-    let machine = load(&command.elf, elf, command.memory)?;
+    let machine = load(&command.elf, elf, command.harts, command.memory)?;
     let epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut guest = Bare::new(machine, epoch.as_nanos() as i64);
     let mut input = if command.console { Some(standard_input()?) } else { None };
@@ -95,8 +96,9 @@ fn signature_of(path: &Path, elf: &[u8]) -> Result<Range<u64>> {
     place.ok_or_else(|| refused(path, "it has no signature: from begin_signature to end_signature"))
 }
 
-fn load(path: &Path, elf: Vec<u8>, memory_bytes: u64) -> Result<Machine> {
+fn load(path: &Path, elf: Vec<u8>, harts: u32, memory_bytes: u64) -> Result<Machine> {
     let spec = MachineSpec {
+        harts,
         memory_bytes,
         shift: SHIFT,
         sleep: Sleep::Off,
@@ -169,5 +171,5 @@ fn ending(machine: &mut Machine) -> Result<u8> {
 /// Where the guest is, for people.
 fn place(machine: &Machine) -> String {
     let pc = machine.hart().pc;
-    format!("pc {pc:#x} ({})", machine.instruction_at(pc))
+    format!("pc {pc:#x}{} ({})", on_hart(machine.named_hart()), machine.instruction_at(pc))
 }

@@ -8,7 +8,9 @@ use crate::output;
 use anyhow::{Result, anyhow};
 use heddle_node::blocks::BlockCache;
 use heddle_node::debugger::Recorded;
+use heddle_proto::verdict::on_hart;
 use heddle_replay_engine::debugger::{Session, registers};
+use heddle_replay_engine::machine::hart::Hart;
 use heddle_replay_engine::machine::{Machine, RAM_BASE};
 use serde_json::{Value, json};
 
@@ -54,7 +56,7 @@ fn state(session: &mut Session, command: &State) -> Result<Value> {
     let machine = session.machine();
     let pc = machine.hart().pc;
     let memory = command.memory.map(|range| memory(machine, range, command.r#virtual)).transpose()?;
-    Ok(json!({
+    let mut state = json!({
         "recording": command.recording,
         "icount": session.icount(),
         "event": session.position().event,
@@ -67,7 +69,19 @@ fn state(session: &mut Session, command: &State) -> Result<Value> {
         "digest": digest,
         "leaves": leaves,
         "memory": memory,
-    }))
+    });
+    if let Some(hart) = machine.named_hart() {
+        let harts = machine.all_harts().enumerate();
+        state["hart"] = json!(hart);
+        state["harts"] = harts.map(|(number, hart)| place(number, hart)).collect();
+    }
+    Ok(state)
+}
+
+/// Where a hart stands, among several.
+fn place(number: usize, hart: &Hart) -> Value {
+    let mode = format!("{:?}", hart.mode).to_lowercase();
+    json!({ "hart": number, "mode": mode, "pc": format!("{:#x}", hart.pc), "waits": hart.is_waiting() })
 }
 
 /// A list, since an object would lose the order.
@@ -101,14 +115,20 @@ fn memory(machine: &Machine, range: MemoryRange, is_virtual: bool) -> Result<Val
 fn text(state: &Value) -> String {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_string();
     let mut out = format!(
-        "{} at icount {}, event {}, {} mode\n  pc {}  {}\n",
+        "{} at icount {}, event {}, {} mode{}\n  pc {}  {}\n",
         text(&state["recording"]),
         output::grouped(state["icount"].as_u64().unwrap_or(0)),
         output::grouped(state["event"].as_u64().unwrap_or(0)),
         text(&state["mode"]),
+        on_hart(state["hart"].as_u64().map(|hart| hart as u32)),
         text(&state["pc"]),
         text(&state["instruction"]),
     );
+    for hart in state["harts"].as_array().into_iter().flatten() {
+        let waits = if hart["waits"] == true { ", waits" } else { "" };
+        let (mode, pc) = (text(&hart["mode"]), text(&hart["pc"]));
+        out.push_str(&format!("  hart {}  pc {pc}, {mode} mode{waits}\n", hart["hart"]));
+    }
     for group in ["registers", "csrs", "floats"] {
         out.push_str(&format!("{group}\n"));
         let registers = state[group].as_array().map(Vec::as_slice).unwrap_or_default();

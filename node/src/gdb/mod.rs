@@ -1,16 +1,17 @@
 //! A gdb remote server over a debugger's session: forwards, backwards, and no writes.
 //!
-//! gdb speaks to [`serve`] over a stream; [`target`] answers with what the session shows.
+//! gdb speaks to [`serve`] over a stream; [`target`] answers with what the session shows, and
+//! [`threads`] for each of several harts.
 //! The protocol is the crate `gdbstub`'s.
 
 mod riscv;
 mod target;
+mod threads;
 
 use anyhow::{Context, Result, bail};
-use gdbstub::common::Signal;
 use gdbstub::conn::{Connection, ConnectionExt};
 use gdbstub::stub::run_blocking::{BlockingEventLoop, Event, WaitForStopReasonError};
-use gdbstub::stub::{DisconnectReason, GdbStub, SingleThreadStopReason};
+use gdbstub::stub::{DisconnectReason, GdbStub, MultiThreadStopReason};
 use gdbstub::target::Target;
 use heddle_replay_engine::debugger::Session;
 use std::io;
@@ -61,7 +62,7 @@ enum Loop {}
 impl BlockingEventLoop for Loop {
     type Target = Debuggee;
     type Connection = Caller;
-    type StopReason = SingleThreadStopReason<u64>;
+    type StopReason = MultiThreadStopReason<u64>;
 
     fn wait_for_stop_reason(
         target: &mut Debuggee,
@@ -91,7 +92,7 @@ impl BlockingEventLoop for Loop {
         }
     }
 
-    fn on_interrupt(_: &mut Debuggee) -> Result<Option<Self::StopReason>, <Debuggee as Target>::Error> {
-        Ok(Some(SingleThreadStopReason::Signal(Signal::SIGINT)))
+    fn on_interrupt(target: &mut Debuggee) -> Result<Option<Self::StopReason>, <Debuggee as Target>::Error> {
+        Ok(Some(target.interrupted()))
     }
 }

@@ -1,9 +1,10 @@
 //! The session as gdb's target: registers, memory, breakpoints, and ways to go.
 
 use super::riscv::{HartRegisters, Riscv64};
-use gdbstub::common::Signal;
+use super::threads::thread;
+use gdbstub::common::{Signal, Tid};
 use gdbstub::outputln;
-use gdbstub::stub::SingleThreadStopReason;
+use gdbstub::stub::MultiThreadStopReason;
 use gdbstub::target::ext::base::BaseOps;
 use gdbstub::target::ext::base::reverse_exec::{
     ReplayLogPosition, ReverseCont, ReverseContOps, ReverseStep, ReverseStepOps,
@@ -18,6 +19,7 @@ use gdbstub::target::ext::breakpoints::{
 };
 use gdbstub::target::ext::monitor_cmd::{ConsoleOutput, MonitorCmd, MonitorCmdOps};
 use gdbstub::target::{Target, TargetError, TargetResult};
+use heddle_proto::verdict::on_hart;
 use heddle_replay_engine::debugger::{AccessKind, Found, Points, Session, Stop, Watchpoint};
 use std::collections::BTreeSet;
 
@@ -29,17 +31,18 @@ const WATCHPOINTS_MAX: usize = 64;
 
 /// Which way gdb wants to go.
 #[derive(Clone, Copy, Debug)]
-enum Order {
+pub(super) enum Order {
     Continue,
-    Step,
+    /// Of the hart of this number.
+    Step(usize),
     ReverseContinue,
     ReverseStep,
 }
 
 /// A session, and what gdb has asked of it.
 pub(super) struct Debuggee {
-    session: Session,
-    order: Order,
+    pub(super) session: Session,
+    pub(super) order: Order,
     software: BTreeSet<u64>,
     hardware: BTreeSet<u64>,
 }
@@ -61,35 +64,77 @@ impl Debuggee {
     pub(super) fn go(
         &mut self,
         is_interrupted: &mut dyn FnMut() -> bool,
-    ) -> Result<Option<SingleThreadStopReason<u64>>, String> {
+    ) -> Result<Option<MultiThreadStopReason<u64>>, String> {
         let here = self.session.icount();
         let stop = match self.order {
             Order::Continue => self.session.run_forward(u64::MAX, is_interrupted)?,
-            Order::Step => self.session.run_forward(here + 1, is_interrupted)?,
+            Order::Step(hart) => self.step_hart(hart, is_interrupted)?,
             Order::ReverseContinue => self.session.run_backward(0, is_interrupted)?,
             Order::ReverseStep => self.session.run_backward(here.saturating_sub(1), is_interrupted)?,
         };
-        let log = |pos| SingleThreadStopReason::ReplayLog { tid: Some(()), pos };
+        let log = |pos| MultiThreadStopReason::ReplayLog { tid: self.named_thread(), pos };
         Ok(Some(match (stop, self.order) {
             (Stop::Interrupted, _) => return Ok(None),
             (Stop::There, Order::ReverseContinue) => log(ReplayLogPosition::Begin),
             (Stop::There, Order::ReverseStep) if here == 0 => log(ReplayLogPosition::Begin),
-            (Stop::There, _) => SingleThreadStopReason::DoneStep,
+            (Stop::There, _) => self.done(),
             (Stop::End, _) => log(ReplayLogPosition::End),
             (Stop::Found(Found::Breakpoint), _) => self.breakpoint(),
-            (Stop::Found(Found::Watchpoint(watchpoint)), _) => SingleThreadStopReason::Watch {
-                tid: (),
+            (Stop::Found(Found::Watchpoint(watchpoint)), _) => MultiThreadStopReason::Watch {
+                tid: self.current_thread(),
                 kind: gdb_kind(watchpoint.kind),
                 addr: watchpoint.address,
             },
         }))
     }
 
-    fn breakpoint(&self) -> SingleThreadStopReason<u64> {
+    /// Goes on until this hart has executed an instruction, the others in their turns before.
+    fn step_hart(&mut self, hart: usize, is_interrupted: &mut dyn FnMut() -> bool) -> Result<Stop, String> {
+        loop {
+            let (here, next) = (self.session.icount(), self.session.machine().current_hart());
+            let stop = self.session.run_forward(here + 1, is_interrupted)?;
+            if next == hart || stop != Stop::There {
+                return Ok(stop);
+            }
+        }
+    }
+
+    /// The thread of the hart that executes the next instruction.
+    fn current_thread(&self) -> Tid {
+        thread(self.session.machine().current_hart())
+    }
+
+    /// The same, if gdb is told of more than one.
+    fn named_thread(&self) -> Option<Tid> {
+        self.session.machine().named_hart().map(|_| self.current_thread())
+    }
+
+    /// A step is done: by whom, if it could be another.
+    fn done(&self) -> MultiThreadStopReason<u64> {
+        let stepped = match self.order {
+            Order::Step(hart) => self.named_thread().map(|_| thread(hart)),
+            _ => self.named_thread(),
+        };
+        match stepped {
+            Some(tid) => MultiThreadStopReason::SignalWithThread { tid, signal: Signal::SIGTRAP },
+            None => MultiThreadStopReason::DoneStep,
+        }
+    }
+
+    /// gdb's user wants it to stop.
+    pub(super) fn interrupted(&self) -> MultiThreadStopReason<u64> {
+        match self.named_thread() {
+            Some(tid) => MultiThreadStopReason::SignalWithThread { tid, signal: Signal::SIGINT },
+            None => MultiThreadStopReason::Signal(Signal::SIGINT),
+        }
+    }
+
+    fn breakpoint(&self) -> MultiThreadStopReason<u64> {
+        let tid = self.current_thread();
         if self.hardware.contains(&self.session.machine().hart().pc) {
-            SingleThreadStopReason::HwBreak(())
+            MultiThreadStopReason::HwBreak(tid)
         } else {
-            SingleThreadStopReason::SwBreak(())
+            MultiThreadStopReason::SwBreak(tid)
         }
     }
 
@@ -98,7 +143,7 @@ impl Debuggee {
     }
 
     /// The answer to whatever would make this another execution than the recorded one.
-    fn refuse<T>(&self, what: &str) -> TargetResult<T, Debuggee> {
+    pub(super) fn refuse<T>(&self, what: &str) -> TargetResult<T, Debuggee> {
         tracing::warn!(
             icount = self.session.icount(),
             "gdb wants to write {what}: a replay is not to be changed"
@@ -129,7 +174,11 @@ impl Target for Debuggee {
     type Error = String;
 
     fn base_ops(&mut self) -> BaseOps<'_, Riscv64, String> {
-        BaseOps::SingleThread(self)
+        if self.session.machine().hart_count() == 1 {
+            BaseOps::SingleThread(self)
+        } else {
+            BaseOps::MultiThread(self)
+        }
     }
 
     fn support_breakpoints(&mut self) -> Option<BreakpointsOps<'_, Self>> {
@@ -190,7 +239,7 @@ impl SingleThreadResume for Debuggee {
 
 impl SingleThreadSingleStep for Debuggee {
     fn step(&mut self, _: Option<Signal>) -> Result<(), String> {
-        self.order = Order::Step;
+        self.order = Order::Step(0);
         Ok(())
     }
 }
@@ -288,9 +337,10 @@ impl MonitorCmd for Debuggee {
                 let instruction = machine.instruction_at(pc);
                 outputln!(
                     out,
-                    "icount {}, event {}: pc {pc:#x}  {instruction}",
+                    "icount {}, event {}: pc {pc:#x}{}  {instruction}",
                     position.icount,
-                    position.event
+                    position.event,
+                    on_hart(machine.named_hart())
                 );
                 if let Some(ending) = self.session.ending() {
                     outputln!(out, "{ending}");

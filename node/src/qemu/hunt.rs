@@ -308,6 +308,7 @@ fn card(a: &Side, b: &Side, (lo, hi): (u64, u64), inputs: &Inputs, replayed: &mu
         icount: hi,
         event,
         pc: pc_of(&before),
+        hart: None,
         instruction,
         differs,
         kind: kind.into(),

@@ -111,7 +111,7 @@ impl<'a> Watch<'a> {
             let position = Position { icount: event.icount, event: index };
             (position, Side { what, role: Some(event.role), icount: event.icount })
         };
-        Divergence { kind, position, expected, found, last_good: self.span.from, pc }
+        Divergence { kind, position, expected, found, last_good: self.span.from, pc, hart: None }
     }
 }
 
@@ -342,6 +342,7 @@ fn judge_parked(qmp: &mut Qmp, watch: &Watch, scratch: &Scratch) -> Result<(Outc
         found,
         last_good: span.from,
         pc: 0,
+        hart: None,
     };
     Ok((Outcome::Diverged(Box::new(divergence)), Some(captured)))
 }

@@ -98,7 +98,10 @@ impl Session {
                 Some(code) => format!("the guest ends here, with exit code {code}"),
                 None => "the log ends here".into(),
             },
-            Some(ReplayEnd::Diverged(divergence)) => format!("the replay diverges: {divergence}"),
+            Some(ReplayEnd::Diverged(mut divergence)) => {
+                divergence.hart = self.machine().named_hart();
+                format!("the replay diverges: {divergence}")
+            }
             Some(ReplayEnd::Failed(error)) => format!("the replay can't go on: {error}"),
         })
     }

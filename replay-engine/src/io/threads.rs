@@ -432,6 +432,7 @@ fn stuck(icount: u64) -> Result<Verdict, String> {
             found: side("a step that never came back"),
             last_good: Position::default(),
             pc: 0,
+            hart: None,
         })),
         from: Position::default(),
         to: position,

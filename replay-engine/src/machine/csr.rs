@@ -67,7 +67,8 @@ impl Machine {
             0xb03 => h.kicks,
             0xb04..=0xb1f => 0,
             0xc00..=0xc1f => return self.user_counter(csr),
-            0xf11..=0xf15 => 0,
+            0xf14 => self.current_hart() as u64,
+            0xf11..=0xf13 | 0xf15 => 0,
             _ => return None,
         })
     }

@@ -23,7 +23,7 @@ pub enum Code {
     LrW, LrD, ScW, ScD,
     AmoswapW, AmoaddW, AmoxorW, AmoandW, AmoorW, AmominW, AmomaxW, AmominuW, AmomaxuW,
     AmoswapD, AmoaddD, AmoxorD, AmoandD, AmoorD, AmominD, AmomaxD, AmominuD, AmomaxuD,
-    Illegal, FenceI, Ecall, Ebreak, Mret, Sret, Wfi, SfenceVma,
+    Illegal, Pause, FenceI, Ecall, Ebreak, Mret, Sret, Wfi, SfenceVma,
     Csrrw, Csrrs, Csrrc, Csrrwi, Csrrsi, Csrrci,
     Sh1add, Sh2add, Sh3add, AddUw, Sh1addUw, Sh2addUw, Sh3addUw, SlliUw,
     Andn, Orn, Xnor, Clz, Ctz, Cpop, Clzw, Ctzw, Cpopw, Min, Max, Minu, Maxu,
@@ -45,6 +45,9 @@ pub enum Code {
 
 /// A register number that swallows writes: x0 as a destination.
 pub const SINK: u8 = 32;
+
+/// Zihintpause's hint: a fence of writes before nothing.
+const PAUSE: u32 = 0x0100_000f;
 
 /// A decoded instruction.
 ///
@@ -171,6 +174,7 @@ fn decode_32(w: u32, len: u8) -> Op {
         }
         0x2f => (atomic(w >> 27, f3, rs2), 0),
         0x0f => match f3 {
+            0 if w == PAUSE => (Pause, 0),
             0 => (Fence, 0),
             1 => (FenceI, 0),
             _ => (Illegal, 0),

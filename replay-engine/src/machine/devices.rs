@@ -3,7 +3,7 @@
 //! The memory map is QEMU `virt`'s.
 
 use super::clint::{ClintWrite, TICK_NS};
-use super::hart::{Trap, envcfg, irq};
+use super::hart::{Hart, Trap, envcfg, irq};
 use super::memory::Access;
 use super::rtc::{Rtc, RtcWrite};
 use super::{Machine, Outside};
@@ -122,8 +122,9 @@ impl Machine {
 
     fn store_clint(&mut self, offset: u64, size: usize, value: u64) -> Option<()> {
         match self.clint.store(offset, size, value)? {
-            ClintWrite::Compare => {
-                self.clint.timer_line = self.set_timer(TimerId::Clint, self.clint.mtimecmp);
+            ClintWrite::Compare(hart) => {
+                let has_come = self.set_timer(TimerId::Clint(hart), self.clint.compare(hart));
+                self.clint.set_timer_line(hart, has_come);
             }
             ClintWrite::Software | ClintWrite::Ignored => {}
         }
@@ -135,7 +136,8 @@ impl Machine {
     pub(super) fn follow_stimecmp(&mut self) {
         let is_on = self.hart.menvcfg & envcfg::STCE != 0;
         let compare = if is_on { self.hart.stimecmp } else { u64::MAX };
-        self.hart.stimecmp_passed = self.set_timer(TimerId::Supervisor, compare);
+        let id = TimerId::Supervisor(self.current_hart());
+        self.hart.stimecmp_passed = self.set_timer(id, compare);
         self.update_lines();
     }
 
@@ -171,30 +173,39 @@ impl Machine {
         self.attention = true;
     }
 
-    /// The hart's lines as all devices drive them now.
-    pub(super) fn device_lines(&self) -> u64 {
-        let software = if self.clint.msip != 0 { irq::MSI } else { 0 };
-        let timer = if self.clint.timer_line { irq::MTI } else { 0 };
-        let supervisor = if self.hart.stimecmp_passed { irq::STI } else { 0 };
-        software | timer | supervisor | self.plic.lines()
+    /// A hart's lines as all devices drive them now.
+    fn device_lines(&self, number: usize, hart: &Hart) -> u64 {
+        let supervisor = if hart.stimecmp_passed { irq::STI } else { 0 };
+        self.clint.lines(number) | supervisor | self.plic.lines(number)
     }
 
-    /// Carries device lines to the hart. What this does depends on the thread:
+    /// Every hart has its lines as they are driven now.
+    pub(super) fn carry_lines(&mut self) {
+        let harts = self.all_harts().enumerate();
+        let lines: Vec<u64> = harts.map(|(number, hart)| self.device_lines(number, hart)).collect();
+        for (number, lines) in lines.into_iter().enumerate() {
+            if let Some(hart) = self.hart_at_mut(number) {
+                hart.lines = lines;
+            }
+        }
+    }
+
+    /// Carries device lines to the harts. What this does depends on the thread:
     /// the vCPU thread sets them directly; the iothread has to kick the vCPU
-    /// out of its run, which then looks itself.
+    /// out of its run, which then looks itself. The kick is that of the hart whose turn it is.
     pub(super) fn update_lines(&mut self) {
         self.plic.set_level(map::UART_IRQ, self.uart.line());
         self.plic.set_level(map::RTC_IRQ, self.rtc.line());
         for (source, line) in (map::VIRTIO_IRQ..).zip(self.virtio_lines()) {
             self.plic.set_level(source, line);
         }
-        let lines = self.device_lines();
-        if lines == self.hart.lines {
+        let follows = |(number, hart): (usize, &Hart)| hart.lines == self.device_lines(number, hart);
+        if self.all_harts().enumerate().all(follows) {
             return;
         }
         match role::current() {
             Role::Vcpu => {
-                self.hart.lines = lines;
+                self.carry_lines();
                 self.attention = true;
             }
             Role::Iothread => self.hart.kick_pending = true,
@@ -242,8 +253,12 @@ impl Machine {
         let now = self.virtual_now();
         while let Some(id) = self.timers.take_expired(TimerClock::Virtual, now) {
             match id {
-                TimerId::Clint => self.clint.timer_line = true,
-                TimerId::Supervisor => self.hart.stimecmp_passed = true,
+                TimerId::Clint(number) => self.clint.set_timer_line(number, true),
+                TimerId::Supervisor(number) => {
+                    if let Some(hart) = self.hart_at_mut(number) {
+                        hart.stimecmp_passed = true;
+                    }
+                }
                 TimerId::RtcAlarm | TimerId::Warp => {}
             }
         }

@@ -48,7 +48,7 @@ pub fn disassemble(op: &Op, pc: u64) -> String {
         code if (ScW as u8..=AmomaxuD as u8).contains(&(code as u8)) => {
             format!("{name} {rd}, {rs2}, ({rs1})")
         }
-        Fence | FenceI | Ecall | Ebreak | Mret | Sret | Wfi => name,
+        Fence | Pause | FenceI | Ecall | Ebreak | Mret | Sret | Wfi => name,
         SfenceVma => format!("{name} {rs1}, {rs2}"),
         Csrrw | Csrrs | Csrrc => format!("{name} {rd}, {imm:#x}, {rs1}"),
         Csrrwi | Csrrsi | Csrrci => format!("{name} {rd}, {imm:#x}, {}", op.rs1),

@@ -81,6 +81,7 @@ impl Machine {
                 self.update_paging();
                 return Ok(self.hart.sepc);
             }
+            Pause => self.end_turn(),
             Wfi if self.may(status::TW) => {
                 self.hart.is_idle = !self.hart.has_wakeup();
                 self.attention = true;

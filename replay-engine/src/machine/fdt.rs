@@ -5,7 +5,6 @@ use super::devices::map;
 use vm_fdt::{Error, FdtWriter};
 
 const PLIC_PHANDLE: u32 = 1;
-const CPU_INTC_PHANDLE: u32 = 2;
 const TEST_PHANDLE: u32 = 3;
 /// CLINT ticks a second.
 const TIMEBASE_HZ: u32 = 10_000_000;
@@ -13,10 +12,33 @@ const TIMEBASE_HZ: u32 = 10_000_000;
 /// canonical order.
 const BASE: &str = "rv64i";
 const LETTERS: [&str; 5] = ["m", "a", "f", "d", "c"];
-const EXTENSIONS: [&str; 7] = ["zicntr", "zicsr", "zifencei", "zba", "zbb", "zbs", "sstc"];
+const EXTENSIONS: [&str; 8] = ["zicntr", "zicsr", "zifencei", PAUSE, "zba", "zbb", "zbs", "sstc"];
+/// The hint that ends a turn: nothing to a hart that is alone.
+const PAUSE: &str = "zihintpause";
 
-/// The blob for a machine of `memory_bytes`, with an initrd at `initrd` (from, to).
-pub fn build(memory_bytes: u64, append: &str, initrd: Option<(u64, u64)>) -> Result<Vec<u8>, Error> {
+/// The interrupt controller of a hart; the first one's number is the lowest that is free.
+fn intc_phandle(hart: u32) -> u32 {
+    if hart == 0 { 2 } else { 0x100 + hart }
+}
+
+/// A hart's, for the map of them.
+fn cpu_phandle(hart: u32) -> u32 {
+    0x200 + hart
+}
+
+/// Interrupts of all harts, as a controller names them that drives each hart's two.
+fn extended(harts: u32, interrupts: [u32; 2]) -> Vec<u32> {
+    (0..harts).flat_map(|hart| interrupts.map(|number| [intc_phandle(hart), number])).flatten().collect()
+}
+
+/// The blob for a machine of so many harts and `memory_bytes`, with an initrd at `initrd` (from,
+/// to).
+pub fn build(
+    harts: u32,
+    memory_bytes: u64,
+    append: &str,
+    initrd: Option<(u64, u64)>,
+) -> Result<Vec<u8>, Error> {
     let mut fdt = FdtWriter::new()?;
     let root = fdt.begin_node("")?;
     fdt.property_u32("#address-cells", 2)?;
@@ -38,38 +60,64 @@ pub fn build(memory_bytes: u64, append: &str, initrd: Option<(u64, u64)>) -> Res
     fdt.property_array_u64("reg", &[RAM_BASE, memory_bytes])?;
     fdt.end_node(memory)?;
 
-    cpus(&mut fdt)?;
+    cpus(&mut fdt, harts)?;
     power(&mut fdt)?;
-    soc(&mut fdt)?;
+    soc(&mut fdt, harts)?;
     fdt.end_node(root)?;
     fdt.finish()
 }
 
-fn cpus(fdt: &mut FdtWriter) -> Result<(), Error> {
+fn cpus(fdt: &mut FdtWriter, harts: u32) -> Result<(), Error> {
     let cpus = fdt.begin_node("cpus")?;
     fdt.property_u32("#address-cells", 1)?;
     fdt.property_u32("#size-cells", 0)?;
     fdt.property_u32("timebase-frequency", TIMEBASE_HZ)?;
-    let cpu = fdt.begin_node("cpu@0")?;
+    for hart in 0..harts {
+        cpu(fdt, hart, harts)?;
+    }
+    // One that is alone needs no place among others.
+    if harts > 1 {
+        cpu_map(fdt, harts)?;
+    }
+    fdt.end_node(cpus)
+}
+
+fn cpu(fdt: &mut FdtWriter, hart: u32, harts: u32) -> Result<(), Error> {
+    let cpu = fdt.begin_node(&format!("cpu@{hart:x}"))?;
+    if harts > 1 {
+        fdt.property_u32("phandle", cpu_phandle(hart))?;
+    }
     fdt.property_string("device_type", "cpu")?;
-    fdt.property_u32("reg", 0)?;
+    fdt.property_u32("reg", hart)?;
     fdt.property_string("status", "okay")?;
     fdt.property_string("compatible", "riscv")?;
-    fdt.property_string("riscv,isa", &format!("{BASE}{}_{}", LETTERS.concat(), EXTENSIONS.join("_")))?;
+    let named: Vec<&str> = EXTENSIONS.into_iter().filter(|name| harts > 1 || *name != PAUSE).collect();
+    fdt.property_string("riscv,isa", &format!("{BASE}{}_{}", LETTERS.concat(), named.join("_")))?;
     // The same once more, as newer kernels read it.
     fdt.property_string("riscv,isa-base", BASE)?;
-    let extensions =
-        ["i"].iter().chain(&LETTERS).chain(&EXTENSIONS).map(|name| String::from(*name)).collect();
+    let extensions = ["i"].iter().chain(&LETTERS).chain(&named).map(|name| String::from(*name)).collect();
     fdt.property_string_list("riscv,isa-extensions", extensions)?;
     fdt.property_string("mmu-type", "riscv,sv39")?;
     let intc = fdt.begin_node("interrupt-controller")?;
     fdt.property_u32("#interrupt-cells", 1)?;
     fdt.property_null("interrupt-controller")?;
     fdt.property_string("compatible", "riscv,cpu-intc")?;
-    fdt.property_u32("phandle", CPU_INTC_PHANDLE)?;
+    fdt.property_u32("phandle", intc_phandle(hart))?;
     fdt.end_node(intc)?;
-    fdt.end_node(cpu)?;
-    fdt.end_node(cpus)
+    fdt.end_node(cpu)
+}
+
+/// All harts are cores of one cluster.
+fn cpu_map(fdt: &mut FdtWriter, harts: u32) -> Result<(), Error> {
+    let map = fdt.begin_node("cpu-map")?;
+    let cluster = fdt.begin_node("cluster0")?;
+    for hart in 0..harts {
+        let core = fdt.begin_node(&format!("core{hart}"))?;
+        fdt.property_u32("cpu", cpu_phandle(hart))?;
+        fdt.end_node(core)?;
+    }
+    fdt.end_node(cluster)?;
+    fdt.end_node(map)
 }
 
 fn power(fdt: &mut FdtWriter) -> Result<(), Error> {
@@ -84,7 +132,7 @@ fn power(fdt: &mut FdtWriter) -> Result<(), Error> {
     Ok(())
 }
 
-fn soc(fdt: &mut FdtWriter) -> Result<(), Error> {
+fn soc(fdt: &mut FdtWriter, harts: u32) -> Result<(), Error> {
     let soc = fdt.begin_node("soc")?;
     fdt.property_u32("#address-cells", 2)?;
     fdt.property_u32("#size-cells", 2)?;
@@ -102,14 +150,14 @@ fn soc(fdt: &mut FdtWriter) -> Result<(), Error> {
     let compatible = ["sifive,clint0", "riscv,clint0"].map(String::from).to_vec();
     fdt.property_string_list("compatible", compatible)?;
     fdt.property_array_u64("reg", &[map::CLINT, map::CLINT_BYTES])?;
-    fdt.property_array_u32("interrupts-extended", &[CPU_INTC_PHANDLE, 3, CPU_INTC_PHANDLE, 7])?;
+    fdt.property_array_u32("interrupts-extended", &extended(harts, [3, 7]))?;
     fdt.end_node(clint)?;
 
     let plic = fdt.begin_node(&format!("plic@{:x}", map::PLIC))?;
     let compatible = ["sifive,plic-1.0.0", "riscv,plic0"].map(String::from).to_vec();
     fdt.property_string_list("compatible", compatible)?;
     fdt.property_array_u64("reg", &[map::PLIC, map::PLIC_BYTES])?;
-    fdt.property_array_u32("interrupts-extended", &[CPU_INTC_PHANDLE, 11, CPU_INTC_PHANDLE, 9])?;
+    fdt.property_array_u32("interrupts-extended", &extended(harts, [11, 9]))?;
     fdt.property_null("interrupt-controller")?;
     fdt.property_u32("#interrupt-cells", 1)?;
     fdt.property_u32("#address-cells", 0)?;

@@ -155,7 +155,9 @@ pub struct Hart {
     pub stimecmp: u64,
     /// `menvcfg.STCE` is set, and virtual time has come to `stimecmp`.
     pub stimecmp_passed: bool,
-    /// Added to icount by `mcycle` and `minstret`; all they have while they are inhibited.
+    /// Added to icount by `mcycle` and `minstret`; all they have while they are inhibited. They
+    /// count what all harts execute, as QEMU's do under icount: a counter that stood still in
+    /// other harts' turns would not be time for whoever takes it as that.
     pub cycle_offset: u64,
     pub instret_offset: u64,
     /// Waits in WFI.
@@ -304,6 +306,11 @@ impl Hart {
     /// Whether WFI ends: an enabled interrupt is pending, even if masked globally.
     pub fn has_wakeup(&self) -> bool {
         self.kick_pending || self.mip() & self.mie != 0
+    }
+
+    /// Whether it waits in WFI with nothing to wake it.
+    pub fn is_waiting(&self) -> bool {
+        self.is_idle && !self.has_wakeup()
     }
 
     /// The interrupt to take now, by cause number.

@@ -106,18 +106,23 @@ pub fn build(spec: &MachineSpec, images: &Images) -> Result<Machine, LoadError> 
             Some((from, from + initrd.len() as u64))
         }
     };
-    let fdt = fdt::build(spec.memory_bytes, &spec.append, initrd)?;
+    let fdt = fdt::build(spec.harts, spec.memory_bytes, &spec.append, initrd)?;
     let fdt_at = (end - fdt.len() as u64 - 64) / ALIGN * ALIGN;
     layout.put("device tree", fdt_at, &fdt)?;
     let info_at = fdt_at + (fdt.len() as u64).next_multiple_of(8);
     let info = [FW_DYNAMIC_MAGIC, 2, kernel_entry, 1, 0, 0].map(u64::to_le_bytes).concat();
     layout.put("firmware info", info_at, &info)?;
 
-    let mut hart = Hart::new(entry);
-    hart.x[11] = fdt_at;
-    hart.x[12] = info_at;
+    // What QEMU's reset vector leaves behind; every hart begins, and OpenSBI's info says that
+    // it boots on hart 0.
+    let hart = |number: u32| {
+        let mut hart = Hart::new(entry);
+        (hart.x[10], hart.x[11], hart.x[12]) = (u64::from(number), fdt_at, info_at);
+        hart
+    };
     let disks = images.drives.iter().map(|base| Disk::new(base.clone())).collect();
-    let mut machine = Machine::new(layout.ram, hart, spec.shift, disks);
+    let mut machine = Machine::new(layout.ram, hart(0), spec.shift, disks);
+    (1..spec.harts).for_each(|number| machine.add_hart(hart(number)));
     spec.devices.iter().for_each(|device| machine.plug(*device));
     if let (None, Some(kernel)) = (&images.bios, &images.kernel)
         && let Some(tohost) = symbol(kernel, "tohost")
@@ -133,7 +138,8 @@ pub fn build(spec: &MachineSpec, images: &Images) -> Result<Machine, LoadError> 
 pub fn signature(bytes: &[u8]) -> Option<Range<u64>> {
     let file = ElfBytes::<LittleEndian>::minimal_parse(bytes).ok()?;
     // The end may be a segment's, and so in none.
-    let length = symbol_value(&file, "end_signature")?.checked_sub(symbol_value(&file, "begin_signature")?)?;
+    let length =
+        symbol_value(&file, "end_signature")?.checked_sub(symbol_value(&file, "begin_signature")?)?;
     let begin = symbol(bytes, "begin_signature")?;
     Some(begin..begin.checked_add(length)?)
 }

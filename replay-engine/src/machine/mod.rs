@@ -1,4 +1,4 @@
-//! The built-in machine: one RV64GC hart with Zba, Zbb and Zbs on QEMU `virt`'s memory map.
+//! The built-in machine: RV64GC harts with Zba, Zbb and Zbs on QEMU `virt`'s memory map.
 //!
 //! [`Machine::run`] executes guest code up to an icount and never past it. All
 //! that comes from outside the instruction stream goes through [`Outside`] or
@@ -17,6 +17,7 @@ mod fast;
 pub mod fdt;
 pub mod float;
 pub mod hart;
+pub(crate) mod harts;
 mod htif;
 pub mod loader;
 pub mod lookout;
@@ -46,6 +47,7 @@ use clint::Clint;
 use code::CodeCache;
 use fast::FastTlb;
 use hart::Hart;
+use harts::Harts;
 use heddle_proto::ClockKind;
 use htif::Htif;
 use lookout::Lookout;
@@ -88,7 +90,7 @@ impl Outside for Nobody {
 pub enum Exit {
     /// The icount asked for is reached.
     Budget,
-    /// The hart waits in WFI.
+    /// Every hart waits in WFI.
     Idle,
     /// Something the caller bounds runs by has changed: a deadline, a bottom half.
     Work,
@@ -140,7 +142,9 @@ pub(crate) struct Drive {
 
 /// The machine.
 pub struct Machine {
+    /// The hart whose turn it is; the others are in `harts`.
     pub(crate) hart: Hart,
+    harts: Harts,
     pub(crate) ram: Ram,
     pub(crate) clint: Clint,
     pub(crate) plic: Plic,
@@ -153,7 +157,7 @@ pub struct Machine {
     pub(crate) bottom_halves: Vec<BottomHalf>,
     pub(crate) next_bottom_half: u64,
     pub(crate) next_request: u64,
-    /// Instructions executed.
+    /// Instructions executed, by all harts together.
     pub(crate) icount: u64,
     pub(crate) shutdown: Option<u16>,
     /// Requests put in flight since they were last taken; not state.
@@ -187,12 +191,13 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A machine at power-on: `ram` loaded, the hart about to execute at `pc`.
+    /// A machine at power-on: `ram` loaded, and one hart about to execute.
     pub fn new(ram: Ram, hart: Hart, shift: u32, disks: Vec<Disk>) -> Machine {
         let pages = ram.len() / ram::PAGE;
         let regions = Regions::of(&hart.pmp);
         let mut machine = Machine {
             hart,
+            harts: Harts::one(),
             ram,
             clint: Clint::new(),
             plic: Plic::new(),
@@ -231,12 +236,12 @@ impl Machine {
         self.icount
     }
 
-    /// The hart.
+    /// The hart whose turn it is.
     pub fn hart(&self) -> &Hart {
         &self.hart
     }
 
-    /// The hart, to plant a fault in.
+    /// The hart whose turn it is, to plant a fault in.
     pub fn hart_mut(&mut self) -> &mut Hart {
         &mut self.hart
     }
@@ -248,6 +253,7 @@ impl Machine {
         self.watch_again();
         self.regions = Regions::of(&self.hart.pmp);
         self.fast.forget();
+        self.refresh_parked();
         self.update_paging();
     }
 
@@ -277,9 +283,9 @@ impl Machine {
         self.wants_reset
     }
 
-    /// Whether the hart waits in WFI with nothing to wake it.
+    /// Whether every hart waits in WFI with nothing to wake it.
     pub fn is_idle(&self) -> bool {
-        self.hart.is_idle && !self.hart.has_wakeup()
+        self.all_harts().all(Hart::is_waiting)
     }
 
     /// Whether a block request or a bottom half is outstanding.
@@ -334,6 +340,7 @@ impl Machine {
         if std::mem::take(&mut self.work) {
             return Some(Exit::Work);
         }
+        self.pass_turn();
         if self.hart.is_idle {
             if !self.hart.has_wakeup() {
                 return Some(Exit::Idle);
@@ -348,14 +355,14 @@ impl Machine {
     }
 
     /// If the iothread kicked the hart out of its run, the hart now looks at its
-    /// lines; a reservation does not survive that.
+    /// lines, and so do the others; its reservation does not survive that.
     pub fn take_kick(&mut self) {
         if !std::mem::take(&mut self.hart.kick_pending) {
             return;
         }
         self.hart.kicks += 1;
         self.hart.reservation = None;
-        self.hart.lines = self.device_lines();
+        self.carry_lines();
     }
 
     /// The instruction at `pc`, if its page is mapped. Looking changes nothing.

@@ -35,24 +35,28 @@ impl Machine {
         until: u64,
         outside: &mut dyn Outside,
     ) -> Exit {
-        // icount is `until - left`; hart and machine have it, and pc, before anybody looks.
-        let (mut pc, mut left) = (self.hart.pc, until - self.icount);
+        // Here the run or the hart's turn ends. icount is `bound - left`; machine and hart have
+        // it, and pc, before anybody looks.
+        let mut bound = until.min(self.harts.turn_end());
+        let (mut pc, mut left) = (self.hart.pc, bound.saturating_sub(self.icount));
         let mut single;
         loop {
             // Before anything is attended to: what the last instruction made pending is
             // taken at the next run's start, whoever asked this run to end.
             if self.attention || left == 0 {
-                (self.hart.pc, self.icount) = (pc, until - left);
-                if left == 0 {
+                (self.hart.pc, self.icount) = (pc, bound - left);
+                if self.icount >= until {
                     return Exit::Budget;
                 }
                 if let Some(exit) = self.attend(cache, outside) {
                     return exit;
                 }
                 pc = self.hart.pc;
+                bound = until.min(self.harts.turn_end());
+                left = bound - self.icount;
             }
             if TRACE {
-                (self.hart.pc, self.icount) = (pc, until - left);
+                (self.hart.pc, self.icount) = (pc, bound - left);
                 if self.look_out() {
                     return Exit::Stopped;
                 }
@@ -62,7 +66,7 @@ impl Machine {
             }
             let mut ops = if pc >> 12 == self.here { cache.block(pc) } else { &[] };
             if ops.is_empty() {
-                (self.hart.pc, self.icount) = (pc, until - left);
+                (self.hart.pc, self.icount) = (pc, bound - left);
                 ops = match self.enter(cache, pc) {
                     Ok(None) => cache.block(pc),
                     Ok(Some(op)) => {
@@ -250,7 +254,7 @@ impl Machine {
                     let done = (std::ptr::from_ref(op).addr() - ops.as_ptr().addr()) / size_of::<Op>();
                     let behind = (ops.len() - done - 1) as u64;
                     self.hart.pc = next.wrapping_sub(u64::from(op.len));
-                    self.icount = until - left - behind - 1;
+                    self.icount = bound - left - behind - 1;
                     match self.execute(*op, next, outside) {
                         Ok(to) if to == next && !self.attention && self.here == page >> 12 => continue,
                         Ok(to) => {

@@ -20,6 +20,15 @@ fn spec() -> MachineSpec {
     MachineSpec { drives: vec![], devices: DEVICES.to_vec(), ..guest::spec() }
 }
 
+/// Machines that a snapshot may be of.
+const HARTS: [u32; 2] = [1, 3];
+
+/// The bundled guest at power-on, on so many harts.
+fn machine(harts: u32) -> Machine {
+    let spec = MachineSpec { harts, ..spec() };
+    loader::build(&spec, &images(guest::LOOM_ELF)).expect("the bundled guest fits")
+}
+
 fn images(kernel: &[u8]) -> Images {
     Images { kernel: Some(Arc::from(kernel)), ..Images::default() }
 }
@@ -47,9 +56,9 @@ pub(super) fn elf_seeds() -> Vec<Vec<u8>> {
     vec![guest::LOOM_ELF.to_vec()]
 }
 
-/// A snapshot at power-on, and its blocks, the root first.
-pub(super) fn snapshot_of() -> (Snapshot, Vec<Vec<u8>>) {
-    let mut machine = loader::build(&spec(), &images(guest::LOOM_ELF)).expect("the bundled guest fits");
+/// A snapshot at power-on of so many harts, and its blocks, the root first.
+pub(super) fn snapshot_of(harts: u32) -> (Snapshot, Vec<Vec<u8>>) {
+    let mut machine = machine(harts);
     let rest = Rest { warp: Warp::default(), is_started: false };
     let mut tree = StateTree::new(&machine);
     let snapshot = tree.snapshot(&mut machine, &rest, Checks::default(), 0);
@@ -63,8 +72,12 @@ pub(super) fn check_snapshot(bytes: &[u8]) -> bool {
     let Some(root) = parts.first().map(|root| Hash::of(root)) else { return false };
     let mut source = Blocks::of(&parts);
     let named = heddle_replay_engine::snapshot_blocks(root, &mut source);
-    let mut machine = loader::build(&spec(), &images(guest::LOOM_ELF)).expect("the bundled guest fits");
-    let Ok(restored) = StateTree::restore(&mut machine, root, &mut source) else { return false };
+    let taken = HARTS.into_iter().find_map(|harts| {
+        let mut machine = machine(harts);
+        let restored = StateTree::restore(&mut machine, root, &mut source).ok()?;
+        Some((machine, restored))
+    });
+    let Some((mut machine, restored)) = taken else { return false };
     assert!(named.is_ok(), "all blocks were there");
     let mut tree = restored.tree;
     assert_eq!(tree.digest(&mut machine, &restored.rest), restored.digest);
@@ -72,8 +85,8 @@ pub(super) fn check_snapshot(bytes: &[u8]) -> bool {
 }
 
 pub(super) fn snapshot_seeds() -> Vec<Vec<u8>> {
-    let (_, blocks) = snapshot_of();
-    vec![join(blocks.iter().map(Vec::as_slice))]
+    let blocks = HARTS.map(|harts| snapshot_of(harts).1);
+    blocks.iter().map(|blocks| join(blocks.iter().map(Vec::as_slice))).collect()
 }
 
 /// RAM of a machine that is driven by an input, and where the input's memory lies in it.

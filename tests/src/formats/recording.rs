@@ -214,8 +214,9 @@ fn qemu() -> EmulatorSpec {
 
 pub(super) fn manifest_seeds() -> Vec<Vec<u8>> {
     let older = Manifest { version: MANIFEST_VERSION_OLDEST, ..manifest(builtin()) };
-    let older = String::from_utf8(older.encode()).unwrap().replace(",\"devices\":[\"rng\",\"net\"]", "");
-    assert!(!older.contains("devices"), "an older manifest names none");
+    let older = String::from_utf8(older.encode()).unwrap();
+    let older = older.replace(",\"devices\":[\"rng\",\"net\"]", "").replace("\"harts\":1,", "");
+    assert!(!older.contains("devices") && !older.contains("harts"), "an older manifest names none");
     [manifest(builtin()).encode(), manifest(qemu()).encode(), older.into_bytes()].to_vec()
 }
 
@@ -241,6 +242,7 @@ fn replayed() -> TaskResult {
         found: side("check 2"),
         last_good: Position::default(),
         pc: 0x8000_0000,
+        hart: Some(3),
     };
     TaskResult::Replay(Verdict {
         outcome: Outcome::Diverged(Box::new(divergence)),
@@ -337,7 +339,7 @@ fn take_container(bytes: &[u8]) -> bool {
 }
 
 pub(super) fn container_seeds() -> Vec<Vec<u8>> {
-    let (snapshot, blocks) = snapshot_of();
+    let (snapshot, blocks) = snapshot_of(1);
     let entry = SnapshotEntry { icount: 0, event: 0, root: snapshot.root, digest: snapshot.digest };
     let plain = container(&manifest(builtin()), vec![], image_of("", guest::LOOM_ELF).1);
     let all = [image_of("", guest::LOOM_ELF).1, blocks].concat();
