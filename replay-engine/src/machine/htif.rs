@@ -14,9 +14,6 @@
 //! some programs store nothing but the lower half of their exit code, over and over.
 //!
 //! The word itself is RAM; nothing here is state of its own.
-//!
-//! Programs with such a symbol are written for machines whose page tables' A and D are
-//! software's at first, so `menvcfg.ADUE` begins as zero for them, and as one for all others.
 
 use super::{Machine, RAM_BASE};
 

@@ -124,11 +124,15 @@ pub fn build(spec: &MachineSpec, images: &Images) -> Result<Machine, LoadError> 
     let mut machine = Machine::new(layout.ram, hart(0), spec.shift, disks);
     (1..spec.harts).for_each(|number| machine.add_hart(hart(number)));
     spec.devices.iter().for_each(|device| machine.plug(*device));
-    if let (None, Some(kernel)) = (&images.bios, &images.kernel)
-        && let Some(tohost) = symbol(kernel, "tohost")
-    {
-        machine.watch_tohost(tohost, symbol(kernel, "fromhost"));
-        machine.hart.menvcfg &= !envcfg::ADUE;
+    if let (None, Some(kernel)) = (&images.bios, &images.kernel) {
+        let tohost = symbol(kernel, "tohost");
+        if tohost.is_some() || signature(kernel).is_some() {
+            // Written for machines where A and D of page tables are software's at first.
+            machine.hart.menvcfg &= !envcfg::ADUE;
+        }
+        if let Some(tohost) = tohost {
+            machine.watch_tohost(tohost, symbol(kernel, "fromhost"));
+        }
     }
     Ok(machine)
 }
