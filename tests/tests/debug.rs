@@ -251,15 +251,15 @@ async fn gdb_sees_each_hart_as_a_thread() {
     let said = session.gdb(&steps).await;
     let mut found = values(&said);
     assert_eq!(found.len(), 9, "{said}");
-    // A pause passes the turn, so each is stopped once.
-    found[..3].sort_unstable();
-    assert_eq!(found[..3], ["0x0", "0x1", "0x2"], "{said}");
+    // gdb steps over the breakpoint with one thread alone, until it is behind it: the others
+    // come by meanwhile, and it is that one again which stops.
+    assert!(found[0] == found[1] && found[1] == found[2], "{said}");
     // The hart that is stepped is shown, though it is another's turn then.
     assert_eq!(found[3..6], ["0x80000008", "0x8000000c", "0x80000008"], "{said}");
     found[6..].sort_unstable();
     assert_eq!(found[6..], ["0x0", "0x1", "0x2"], "{said}");
     let at = icounts(&said);
-    assert_eq!((at[1], at[2]), (at[0] + 1, at[0]), "{said}");
+    assert!(at[0] < at[1] && at[2] == at[1] - 1, "{said}");
     assert!(said.contains(": pc 0x80000008 on hart "), "{said}");
     drop(session);
     p.cluster.stop().await;

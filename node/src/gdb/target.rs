@@ -43,6 +43,10 @@ pub(super) enum Order {
 pub(super) struct Debuggee {
     pub(super) session: Session,
     pub(super) order: Order,
+    /// The hart that is to continue, if one was named.
+    pub(super) named: Option<usize>,
+    /// Nothing is to be told but of that one.
+    pub(super) is_alone: bool,
     software: BTreeSet<u64>,
     hardware: BTreeSet<u64>,
 }
@@ -50,7 +54,8 @@ pub(super) struct Debuggee {
 impl Debuggee {
     /// A debuggee that stands where the session does.
     pub(super) fn new(session: Session) -> Debuggee {
-        Debuggee { session, order: Order::Continue, software: BTreeSet::new(), hardware: BTreeSet::new() }
+        let (software, hardware) = (BTreeSet::new(), BTreeSet::new());
+        Debuggee { session, order: Order::Continue, named: None, is_alone: false, software, hardware }
     }
 
     /// The gdb that has set them is gone.
@@ -67,7 +72,7 @@ impl Debuggee {
     ) -> Result<Option<MultiThreadStopReason<u64>>, String> {
         let here = self.session.icount();
         let stop = match self.order {
-            Order::Continue => self.session.run_forward(u64::MAX, is_interrupted)?,
+            Order::Continue => self.run_on(is_interrupted)?,
             Order::Step(hart) => self.step_hart(hart, is_interrupted)?,
             Order::ReverseContinue => self.session.run_backward(0, is_interrupted)?,
             Order::ReverseStep => self.session.run_backward(here.saturating_sub(1), is_interrupted)?,
@@ -86,6 +91,18 @@ impl Debuggee {
                 addr: watchpoint.address,
             },
         }))
+    }
+
+    /// Goes on until something is found, by the one hart that gdb waits for, if it does.
+    fn run_on(&mut self, is_interrupted: &mut dyn FnMut() -> bool) -> Result<Stop, String> {
+        let only = self.named.filter(|_| self.is_alone);
+        loop {
+            let stop = self.session.run_forward(u64::MAX, is_interrupted)?;
+            let is_others = only.is_some_and(|hart| hart != self.session.machine().current_hart());
+            if !(is_others && stop == Stop::Found(Found::Breakpoint)) {
+                return Ok(stop);
+            }
+        }
     }
 
     /// Goes on until this hart has executed an instruction, the others in their turns before.

@@ -64,10 +64,12 @@ impl MultiThreadResume for Debuggee {
 
     fn clear_resume_actions(&mut self) -> Result<(), String> {
         self.order = Order::Continue;
+        (self.named, self.is_alone) = (None, false);
         Ok(())
     }
 
-    fn set_resume_action_continue(&mut self, _: Tid, _: Option<Signal>) -> Result<(), String> {
+    fn set_resume_action_continue(&mut self, tid: Tid, _: Option<Signal>) -> Result<(), String> {
+        self.named = Some(hart(tid));
         Ok(())
     }
 
@@ -95,10 +97,11 @@ impl MultiThreadSingleStep for Debuggee {
     }
 }
 
-/// gdb asks for it to step over a breakpoint. The others can't be held; with a breakpoint here
-/// no instruction is replaced, so that none of them would run past it.
+/// gdb asks for it to step over a breakpoint, by one at the next instruction. The others can't
+/// be held, but nothing that they meet is told meanwhile: gdb waits for the one thread.
 impl MultiThreadSchedulerLocking for Debuggee {
     fn set_resume_action_scheduler_lock(&mut self) -> Result<(), String> {
+        self.is_alone = true;
         Ok(())
     }
 }
