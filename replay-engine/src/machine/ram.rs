@@ -45,7 +45,7 @@ impl Ram {
     /// The same of aligned bytes of a page, by its number.
     #[inline(always)]
     pub(super) fn load_in<const N: usize>(&self, page: usize, va: u64) -> Option<u64> {
-        let bytes = &self.pages.get(page)?[va as usize % PAGE & !(N - 1)..];
+        let bytes = &self.pages.get(page)?[(va as usize % PAGE) & !(N - 1)..];
         Some(value(bytes.first_chunk::<N>()?))
     }
 
@@ -64,7 +64,7 @@ impl Ram {
     /// Stores aligned bytes in a page, by its number, which [`Ram::takes_any_store`].
     #[inline(always)]
     pub(super) fn store_in<const N: usize>(&mut self, page: usize, va: u64, value: u64) -> bool {
-        let to = self.pages.get_mut(page).map(|page| &mut page[va as usize % PAGE & !(N - 1)..]);
+        let to = self.pages.get_mut(page).map(|page| &mut page[(va as usize % PAGE) & !(N - 1)..]);
         match (to.and_then(|to| to.first_chunk_mut::<N>()), value.to_le_bytes().first_chunk::<N>()) {
             (Some(to), Some(from)) => {
                 *to = *from;
