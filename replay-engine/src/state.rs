@@ -101,11 +101,11 @@ struct Scalars {
 }
 
 impl StateTree {
-    /// The tree of `machine`, all of whose pages are looked at.
+    /// The tree of `machine`, all of whose pages that were ever written are looked at.
     pub fn new(machine: &Machine) -> StateTree {
         let pages = machine.ram.len() / PAGE;
         let mut ram = PageTree::new(pages);
-        ram.update((0..pages as u32).map(|page| (page, page_hash(machine.ram.page(page)))));
+        ram.update(machine.ram.used().map(|page| (page, page_hash(machine.ram.page(page)))));
         let disks = machine.drives.iter().map(|d| PageTree::new(d.disk.blocks())).collect();
         StateTree { ram, disks }
     }

@@ -6,6 +6,10 @@ pub const PAGE: usize = 4096;
 const DIRTY: u8 = 1;
 const CODE: u8 = 2;
 const WATCHED: u8 = 4;
+/// Written since there is this RAM; what is not is zero.
+const USED: u8 = 8;
+/// What a page is that takes any store: see [`Ram::takes_any_store`].
+const PLAIN: u8 = DIRTY | USED;
 
 /// RAM with page tracking. Addresses are offsets from its base.
 #[derive(Clone, Debug)]
@@ -55,7 +59,7 @@ impl Ram {
         let at = usize::try_from(at).ok()?;
         let to = self.pages.get_mut(at / PAGE)?.get_mut(at % PAGE..at % PAGE + N)?;
         *to.first_chunk_mut::<N>()? = *value.to_le_bytes().first_chunk::<N>()?;
-        if self.flags[at / PAGE] != DIRTY {
+        if self.flags[at / PAGE] != PLAIN {
             self.mark_written(at / PAGE);
         }
         Some(())
@@ -78,7 +82,7 @@ impl Ram {
     /// decoded code, and is not watched. Until [`Ram::take_dirty`], [`Ram::mark_code`] or
     /// [`Ram::watch`].
     pub(super) fn takes_any_store(&self, page: usize) -> bool {
-        self.flags.get(page) == Some(&DIRTY)
+        self.flags.get(page) == Some(&PLAIN)
     }
 
     #[cold]
@@ -90,7 +94,7 @@ impl Ram {
         if *flags & (CODE | WATCHED) != 0 {
             self.stale_code.push(page as u32);
         }
-        *flags = *flags & WATCHED | DIRTY;
+        *flags = *flags & WATCHED | PLAIN;
     }
 
     /// The bytes at `at`, `None` if any lies beyond the end.
@@ -106,7 +110,7 @@ impl Ram {
         to.copy_from_slice(from);
         if !from.is_empty() {
             for page in at / PAGE..=(at + from.len() - 1) / PAGE {
-                if self.flags[page] != DIRTY {
+                if self.flags[page] != PLAIN {
                     self.mark_written(page);
                 }
             }
@@ -125,6 +129,11 @@ impl Ram {
             self.flags[*page as usize] &= !DIRTY;
         }
         std::mem::take(&mut self.dirty)
+    }
+
+    /// Pages that were ever written: all others are zero.
+    pub(crate) fn used(&self) -> impl Iterator<Item = u32> {
+        (0u32..).zip(&self.flags).filter(|(_, flags)| **flags & USED != 0).map(|(page, _)| page)
     }
 
     /// Pages written since the last [`Ram::take_dirty`].
