@@ -3,6 +3,7 @@
 //! `HEDDLE_SEEDS=N` tries N seeds, `HEDDLE_SEED=S` that one alone.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod host;
 mod model;
 mod operands;
 
@@ -30,8 +31,11 @@ fn seeds(default: u64) -> std::ops::Range<u64> {
     }
 }
 
-fn run<F: Format>(operation: Operation, [a, b, c]: [u64; 3], mode: Rounding) -> (u64, u8) {
-    let mut env = Environment::new(mode);
+fn run<F: Format>(operation: Operation, operands: [u64; 3], mode: Rounding) -> (u64, u8) {
+    run_in::<F>(operation, operands, Environment::new(mode))
+}
+
+fn run_in<F: Format>(operation: Operation, [a, b, c]: [u64; 3], mut env: Environment) -> (u64, u8) {
     let bits = match operation {
         Operation::Add => add::<F>(a, b, &mut env),
         Operation::Subtract => subtract::<F>(a, b, &mut env),

@@ -115,7 +115,7 @@ impl Layout {
         let beside =
             |bits: u64| bits.wrapping_add(step).wrapping_sub(2) & (self.sign(true) << 1).wrapping_sub(1);
         let smallest = self.to_host(self.make(1 - self.exponent_max(), 0));
-        match rng.next_u64() % 8 {
+        match rng.next_u64() % 9 {
             // A sum whose second term is about half of the first one's last place.
             0 => {
                 let half = self.to_host(self.make(-i64::from(self.precision), 0));
@@ -130,6 +130,8 @@ impl Layout {
             5 => [a, beside(self.host_bits(self.to_host(self.infinity() - 1) / x)), b],
             // A square, or beside one.
             6 => [beside(self.host_bits(x * x)), b, a],
+            // A quotient beside an operand, which is often at an edge.
+            7 => [beside(self.host_bits(x * y)), b, a],
             _ => [a, b, self.operand(rng)],
         }
     }

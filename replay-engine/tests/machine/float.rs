@@ -3,7 +3,7 @@
 use super::{Machine, RAM_BASE, csr, i, machine, run};
 use heddle_replay_engine::machine::decode::decode;
 use heddle_replay_engine::machine::disasm::disassemble;
-use heddle_replay_engine::machine::float::flag::{DZ, NV, NX};
+use heddle_replay_engine::machine::float::flag::{DZ, NV, NX, UF};
 use heddle_replay_engine::machine::hart::status;
 
 const ILLEGAL: u64 = 2;
@@ -227,6 +227,21 @@ fn flags_accumulate_until_they_are_written() {
     assert_eq!((m.hart().x[5], m.hart().x[6], m.hart().fcsr), (u64::from(DZ | NX), u64::from(DZ | NX), NX));
     run(&mut m, 3);
     assert_eq!((m.hart().x[8], m.hart().x[9], m.hart().fcsr), (3, 5, 0x65));
+}
+
+#[test]
+fn flags_are_found_also_after_inexact_results() {
+    let (quotient, product) = (op(0x0d, 2, DYNAMIC), op(0x09, 4, DYNAMIC));
+    let code = [quotient, quotient, product, csr(1, FCSR, 0, 0), quotient];
+    let (tenth, least) = (0.1, f64::MIN_POSITIVE);
+    let mut m = float(&code, &[], &[double(tenth), double(3.0), 0, double(least)]);
+    run(&mut m, 2);
+    assert_eq!((m.hart().f[3], m.hart().fcsr), (double(tenth / 3.0), NX));
+    run(&mut m, 1);
+    assert_eq!((m.hart().f[3], m.hart().fcsr), (double(tenth * least), NX | UF));
+    // Cleared, a flag is raised anew.
+    run(&mut m, 2);
+    assert_eq!((m.hart().f[3], m.hart().fcsr), (double(tenth / 3.0), NX));
 }
 
 #[test]

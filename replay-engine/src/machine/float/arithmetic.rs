@@ -1,13 +1,18 @@
 //! Sums, products, quotients and roots.
+//!
+//! Each is the host's where that makes no difference, see `host.rs`.
 
 use super::number::{Number, Value, has_nan, shift_right_sticky};
-use super::{Environment, Format, Rounding, flag};
+use super::{Environment, Format, Rounding, flag, host};
 
 /// Where [`total`] puts the leading bit of both terms: a bit is left for the carry.
 const TERM_LEAD: u32 = 126;
 
 /// `a + b`.
 pub fn add<F: Format>(a: u64, b: u64, env: &mut Environment) -> u64 {
+    if let Some(sum) = host::add::<F>(a, b, env) {
+        return sum;
+    }
     if has_nan::<F>(&[a, b], env) {
         return F::NAN;
     }
@@ -21,6 +26,9 @@ pub fn subtract<F: Format>(a: u64, b: u64, env: &mut Environment) -> u64 {
 
 /// `a * b`.
 pub fn multiply<F: Format>(a: u64, b: u64, env: &mut Environment) -> u64 {
+    if let Some(product) = host::multiply::<F>(a, b, env) {
+        return product;
+    }
     if has_nan::<F>(&[a, b], env) {
         return F::NAN;
     }
@@ -32,6 +40,9 @@ pub fn multiply<F: Format>(a: u64, b: u64, env: &mut Environment) -> u64 {
 
 /// `a * b + c`, rounded once.
 pub fn multiply_add<F: Format>(a: u64, b: u64, c: u64, env: &mut Environment) -> u64 {
+    if let Some(sum) = host::multiply_add::<F>(a, b, c, env) {
+        return sum;
+    }
     let is_nan = has_nan::<F>(&[a, b, c], env);
     if has_nan::<F>(&[a, b], env) {
         return F::NAN;
@@ -49,6 +60,9 @@ pub fn multiply_add<F: Format>(a: u64, b: u64, c: u64, env: &mut Environment) ->
 /// `a / b`.
 pub fn divide<F: Format>(a: u64, b: u64, env: &mut Environment) -> u64 {
     use Value::{Finite, Infinity, Zero};
+    if let Some(quotient) = host::divide::<F>(a, b, env) {
+        return quotient;
+    }
     if has_nan::<F>(&[a, b], env) {
         return F::NAN;
     }
@@ -75,6 +89,9 @@ pub fn divide<F: Format>(a: u64, b: u64, env: &mut Environment) -> u64 {
 
 /// The square root of `a`.
 pub fn square_root<F: Format>(a: u64, env: &mut Environment) -> u64 {
+    if let Some(root) = host::square_root::<F>(a, env) {
+        return root;
+    }
     if has_nan::<F>(&[a], env) {
         return F::NAN;
     }

@@ -5,7 +5,7 @@ use super::super::hart::{Trap, status};
 use super::super::{Machine, Outside};
 use super::convert::Integer;
 use super::decode::DYNAMIC;
-use super::{Double, Environment, Format, Rounding, Single, arithmetic, compare, convert};
+use super::{Double, Environment, Format, Rounding, Single, arithmetic, compare, convert, flag};
 
 /// The upper half of a register that holds a binary32.
 const BOX: u64 = 0xffff_ffff << 32;
@@ -65,7 +65,8 @@ impl Machine {
                 let Some(rounding) = self.rounding(op) else {
                     return Err(self.illegal(pc));
                 };
-                let mut env = Environment::new(rounding);
+                let is_inexact = self.hart.fcsr & flag::NX != 0;
+                let mut env = Environment { is_inexact, ..Environment::new(rounding) };
                 if op.is_double() {
                     self.operate::<Double, Single>(op, &mut env);
                 } else {

@@ -1,9 +1,10 @@
-//! The F and D extensions: IEEE 754-2008 arithmetic in integers, then the instructions.
+//! The F and D extensions: IEEE 754-2008 arithmetic, then the instructions.
 //!
 //! Arithmetic takes and gives bit patterns, in the low bits of a `u64`. Each
 //! operation finds its exact result, or one with a sticky last bit, and rounds it
-//! once, in `number.rs`. The host's floating point is not used: its flags and its
-//! NaNs are its own.
+//! once, in `number.rs`. The host's flags and its NaNs are its own: its floating point
+//! is used only where the result has the same bits and no flag can change, which
+//! `host.rs` decides.
 
 pub mod arithmetic;
 pub mod compare;
@@ -11,6 +12,7 @@ pub mod convert;
 pub(super) mod decode;
 pub(super) mod disasm;
 mod execute;
+mod host;
 mod number;
 
 /// A binary interchange format.
@@ -19,6 +21,8 @@ pub trait Format {
     const PRECISION: u32;
     /// Bits of the whole.
     const WIDTH: u32;
+    /// The host's type of the same format.
+    type Host: host::Float;
 
     /// Bits of the significand that are stored.
     const FRACTION: u32 = Self::PRECISION - 1;
@@ -26,6 +30,8 @@ pub trait Format {
     const BIAS: i32 = (1 << (Self::WIDTH - Self::PRECISION - 1)) - 1;
     /// The sign bit.
     const SIGN: u64 = 1 << (Self::WIDTH - 1);
+    /// The smallest normal number.
+    const SMALLEST_NORMAL: u64 = 1 << Self::FRACTION;
     /// Positive infinity.
     const INFINITY: u64 = Self::SIGN - (1 << Self::FRACTION);
     /// The bit that makes a NaN quiet.
@@ -40,6 +46,7 @@ pub enum Single {}
 impl Format for Single {
     const PRECISION: u32 = 24;
     const WIDTH: u32 = 32;
+    type Host = f32;
 }
 
 /// binary64.
@@ -48,6 +55,7 @@ pub enum Double {}
 impl Format for Double {
     const PRECISION: u32 = 53;
     const WIDTH: u32 = 64;
+    type Host = f64;
 }
 
 /// Where a result goes that lies between two numbers.
@@ -95,14 +103,16 @@ pub mod flag {
 pub struct Environment {
     /// How results are rounded.
     pub rounding: Rounding,
-    /// Flags raised so far, see [`flag`].
+    /// Flags raised so far, see [`flag`]; not always NX if `is_inexact`.
     pub flags: u8,
+    /// NX was raised before, so that raising it once more changes nothing.
+    pub is_inexact: bool,
 }
 
 impl Environment {
-    /// Nothing is raised yet.
+    /// Nothing is raised yet, nor was before.
     pub fn new(rounding: Rounding) -> Environment {
-        Environment { rounding, flags: 0 }
+        Environment { rounding, flags: 0, is_inexact: false }
     }
 
     pub(crate) fn raise(&mut self, flags: u8) {

@@ -1,4 +1,4 @@
-//! Taking numbers apart, and the one place where results are rounded.
+//! Taking numbers apart, and the one place where we round results.
 
 use super::{Environment, Format, Rounding, flag};
 
