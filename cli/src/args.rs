@@ -326,6 +326,13 @@ pub struct RecordBuiltin {
     /// Kernel command line.
     #[arg(long, default_value = "")]
     pub append: String,
+    /// A device tree to hand to the guest instead of the machine's own. It is taken as it is:
+    /// it has to say where the initial RAM disk lies, and the command line.
+    #[arg(long, value_name = "FILE", conflicts_with = "append")]
+    pub dtb: Option<PathBuf>,
+    /// Write the device tree that the guest would get to FILE, and record nothing.
+    #[arg(long, value_name = "FILE")]
+    pub dump_dtb: Option<PathBuf>,
     /// A disk; writes go to an overlay, the file is never touched. Up to 8, with the other
     /// virtio devices.
     #[arg(long = "drive", value_name = "FILE")]

@@ -177,6 +177,7 @@ impl BlockCache {
             (&mut images.bios, &spec.bios),
             (&mut images.kernel, &spec.kernel),
             (&mut images.initrd, &spec.initrd),
+            (&mut images.dtb, &spec.dtb),
         ] {
             if let Some(image) = image {
                 *slot = Some(self.image(image).await?);

@@ -281,7 +281,7 @@ impl BlockSource for Container {
 fn images(manifest: &Manifest) -> Vec<&Image> {
     match &manifest.emulator {
         EmulatorSpec::Builtin { machine, .. } => {
-            let files = [&machine.bios, &machine.kernel, &machine.initrd];
+            let files = [&machine.bios, &machine.kernel, &machine.initrd, &machine.dtb];
             files.into_iter().flatten().chain(&machine.drives).collect()
         }
         EmulatorSpec::Qemu(spec) => {

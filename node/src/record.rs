@@ -48,6 +48,8 @@ pub struct RecordRequest {
     pub kernel: Option<NamedFile>,
     /// Initial RAM disk.
     pub initrd: Option<NamedFile>,
+    /// Device tree, if not the machine's own.
+    pub dtb: Option<NamedFile>,
     /// Kernel command line.
     pub append: String,
     /// Disks.
@@ -196,6 +198,7 @@ async fn prepare(store: &StoreClient, request: &RecordRequest) -> Result<(Manife
     let (bios, bios_bytes) = put(store, id, &request.bios).await?;
     let (kernel, kernel_bytes) = put(store, id, &request.kernel).await?;
     let (initrd, initrd_bytes) = put(store, id, &request.initrd).await?;
+    let (dtb, dtb_bytes) = put(store, id, &request.dtb).await?;
     let mut drives = vec![];
     let mut drive_bytes: Vec<Arc<[u8]>> = vec![];
     for (name, bytes) in &request.drives {
@@ -219,6 +222,7 @@ async fn prepare(store: &StoreClient, request: &RecordRequest) -> Result<(Manife
                 bios,
                 kernel,
                 initrd,
+                dtb,
                 append: request.append.clone(),
                 drives,
                 devices: devices(request),
@@ -228,7 +232,13 @@ async fn prepare(store: &StoreClient, request: &RecordRequest) -> Result<(Manife
     };
     // The same checks as a reader's, before anything runs.
     let manifest = Manifest::decode(&manifest.encode())?;
-    let images = Images { bios: bios_bytes, kernel: kernel_bytes, initrd: initrd_bytes, drives: drive_bytes };
+    let images = Images {
+        bios: bios_bytes,
+        kernel: kernel_bytes,
+        initrd: initrd_bytes,
+        dtb: dtb_bytes,
+        drives: drive_bytes,
+    };
     Ok((manifest, images))
 }
 

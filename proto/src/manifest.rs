@@ -9,7 +9,7 @@ pub const MANIFEST_BYTES_MAX: usize = 64 << 10;
 /// The manifest's version. 3 added [`MachineSpec::devices`] and 4 [`MachineSpec::harts`], which
 /// a build that reads only older ones would pass over in silence; a newer one is refused by its
 /// number.
-pub const MANIFEST_VERSION: u32 = 4;
+pub const MANIFEST_VERSION: u32 = 5;
 /// The oldest version that is still read: its machines have one hart, and disks alone.
 pub const MANIFEST_VERSION_OLDEST: u32 = 2;
 
@@ -66,6 +66,9 @@ pub struct MachineSpec {
     pub kernel: Option<Image>,
     /// Initial RAM disk.
     pub initrd: Option<Image>,
+    /// Device tree, if not the machine's own.
+    #[serde(default)]
+    pub dtb: Option<Image>,
     /// Kernel command line.
     #[serde(default)]
     pub append: String,
@@ -289,7 +292,7 @@ mod tests {
         for version in [1, MANIFEST_VERSION + 1] {
             let other = OLDER.replacen("2", &version.to_string(), 1);
             let error = Manifest::decode(other.as_bytes()).unwrap_err().to_string();
-            assert!(error.contains(&format!("version {version}; this build reads 2 to 4")), "{error}");
+            assert!(error.contains(&format!("version {version}; this build reads 2 to 5")), "{error}");
         }
     }
 

@@ -44,6 +44,7 @@ pub fn spec() -> MachineSpec {
         bios: None,
         kernel: Some(image("loom.elf", LOOM_ELF)),
         initrd: None,
+        dtb: None,
         append: String::new(),
         drives: vec![image("loom.disk", &disk())],
         devices: vec![],

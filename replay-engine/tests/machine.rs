@@ -373,6 +373,7 @@ fn a_damaged_elf_is_an_error_and_never_a_panic() {
         bios: None,
         kernel: None,
         initrd: None,
+        dtb: None,
         append: String::new(),
         drives: vec![],
         devices: vec![],

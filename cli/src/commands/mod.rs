@@ -52,6 +52,11 @@ pub async fn run(args: Args) -> Result<u8> {
         }
         _ => {}
     }
+    if let Command::Record(Record::Builtin(command)) = &args.command
+        && let Some(to) = &command.dump_dtb
+    {
+        return record::dump_dtb(command, to);
+    }
     let cluster = Cluster::open(args.cluster.as_deref()).await?;
     let done = match args.command {
         Command::Record(Record::Builtin(command)) => record::run(&cluster, *command, format).await,

@@ -8,11 +8,13 @@ use crate::output;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use heddle_node::record::{Console, NamedFile, RecordRequest, Watermarks, record};
-use heddle_proto::manifest::{Positions, Sleep};
+use heddle_proto::manifest::{MachineSpec, Positions, Sleep};
 use heddle_replay_engine::guest;
+use heddle_replay_engine::machine::loader::{self, Images};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -113,6 +115,7 @@ fn request(command: &RecordBuiltin, outbox_dir: PathBuf) -> Result<RecordRequest
         bios: file(&command.bios)?,
         kernel,
         initrd: file(&command.initrd)?,
+        dtb: file(&command.dtb)?,
         append: command.append.clone(),
         drives,
         netdev: command.netdev.clone(),
@@ -127,6 +130,30 @@ fn request(command: &RecordBuiltin, outbox_dir: PathBuf) -> Result<RecordRequest
         outbox_dir,
         outbox_bytes: command.common.outbox_bytes,
     })
+}
+
+/// Writes the device tree that the guest would get.
+pub fn dump_dtb(command: &RecordBuiltin, to: &Path) -> Result<u8> {
+    let file = |path: &Option<PathBuf>| -> Result<Option<Arc<[u8]>>> {
+        Ok(path.as_deref().map(read_file).transpose()?.map(|(_, bytes)| Arc::from(&bytes[..])))
+    };
+    let is_bundled = command.bios.is_none() && command.kernel.is_none();
+    let spec = MachineSpec {
+        harts: command.harts,
+        memory_bytes: if is_bundled { BUNDLED_MEMORY } else { command.memory },
+        append: command.append.clone(),
+        ..guest::spec()
+    };
+    let images = Images {
+        bios: file(&command.bios)?,
+        kernel: if is_bundled { Some(Arc::from(guest::LOOM_ELF)) } else { file(&command.kernel)? },
+        initrd: file(&command.initrd)?,
+        dtb: file(&command.dtb)?,
+        drives: vec![],
+    };
+    let blob = loader::device_tree(&spec, &images).map_err(|error| coded(USAGE, error.to_string()))?;
+    std::fs::write(to, blob).with_context(|| format!("write {}", to.display()))?;
+    Ok(OK)
 }
 
 /// Labels as typed, KEY=VALUE each.

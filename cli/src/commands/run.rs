@@ -105,6 +105,7 @@ fn load(path: &Path, elf: Vec<u8>, harts: u32, memory_bytes: u64) -> Result<Mach
         bios: None,
         kernel: None,
         initrd: None,
+        dtb: None,
         append: String::new(),
         drives: vec![],
         devices: vec![],

@@ -65,6 +65,7 @@ impl Machine {
                 self.attention = true;
                 Some(u64::from(self.rtc.load(offset, now)))
             }
+            _ if self.rom.has(pa) => self.rom.load(pa, size),
             map::TEST..=0x10_0fff => Some(0),
             map::VIRTIO..=0x1000_8fff => self.load_virtio(pa - map::VIRTIO, size),
             _ => None,
@@ -115,6 +116,8 @@ impl Machine {
                 self.store_virtio(pa - map::VIRTIO, value as u32);
                 Some(())
             }
+            // Nothing is written, and nothing said, as on QEMU.
+            _ if self.rom.has(pa) => Some(()),
             _ => None,
         };
         done.ok_or(Access::Store.access_fault(va))

@@ -6,6 +6,11 @@ use vm_fdt::{Error, FdtWriter};
 
 const PLIC_PHANDLE: u32 = 1;
 const TEST_PHANDLE: u32 = 3;
+const FDT_MAGIC: u32 = 0xd00d_feed;
+/// Bytes of a blob's head.
+const FDT_HEAD: u32 = 40;
+/// Most bytes of a blob: what Linux maps for it.
+const FDT_MAX: u32 = 2 << 20;
 /// CLINT ticks a second.
 const TIMEBASE_HZ: u32 = 10_000_000;
 /// The instruction set: its base, the extensions that have a letter, and the others in their
@@ -65,6 +70,24 @@ pub fn build(
     soc(&mut fdt, harts)?;
     fdt.end_node(root)?;
     fdt.finish()
+}
+
+/// The blob that a file holds, without what follows it: by the head that the Devicetree
+/// Specification 0.4, 5.2, gives it.
+pub fn check(bytes: &[u8]) -> Result<&[u8], String> {
+    let word = |at: usize| bytes.get(at..at + 4)?.try_into().ok().map(u32::from_be_bytes);
+    match (word(0), word(4)) {
+        (Some(FDT_MAGIC), Some(total)) if (FDT_HEAD..=FDT_MAX).contains(&total) => bytes
+            .get(..total as usize)
+            .ok_or_else(|| format!("it is {total} bytes by its head, the file has {}", bytes.len())),
+        (Some(FDT_MAGIC), Some(total)) => {
+            Err(format!("it is {total} bytes by its head; {FDT_HEAD} to {FDT_MAX} can be"))
+        }
+        (Some(magic), _) => {
+            Err(format!("it begins with {magic:#010x}, a device tree with {FDT_MAGIC:#010x}"))
+        }
+        (None, _) => Err(format!("it has {} bytes", bytes.len())),
+    }
 }
 
 fn cpus(fdt: &mut FdtWriter, harts: u32) -> Result<(), Error> {

@@ -3,12 +3,14 @@
 //! ```text
 //! RAM base          firmware, or the bare ELF at its own addresses
 //! next 2 MiB        kernel
-//! middle of RAM     initrd
-//! last 2 MiB down   device tree, then fw_dynamic's info
+//! half of RAM on    initrd, from the kernel's entry
+//! last 2 MiB down   device tree
+//! 0x1000            the reset vector, and fw_dynamic's info
 //! ```
 
 use super::hart::{Hart, envcfg};
 use super::ram::Ram;
+use super::rom::{ROM, Rom};
 use super::{Disk, Machine, RAM_BASE, fdt};
 use elf::segment::ProgramHeader;
 use elf::symbol::Symbol;
@@ -18,8 +20,6 @@ use std::ops::Range;
 use std::sync::Arc;
 
 const ALIGN: u64 = 2 << 20;
-/// OpenSBI's `struct fw_dynamic_info`: magic "OSBI", version 2.
-const FW_DYNAMIC_MAGIC: u64 = 0x4942_534f;
 
 /// The bytes of the files that a manifest names.
 #[derive(Clone, Default)]
@@ -28,6 +28,7 @@ pub struct Images {
     pub bios: Option<Arc<[u8]>>,
     pub kernel: Option<Arc<[u8]>>,
     pub initrd: Option<Arc<[u8]>>,
+    pub dtb: Option<Arc<[u8]>>,
     pub drives: Vec<Arc<[u8]>>,
 }
 
@@ -74,6 +75,9 @@ pub enum LoadError {
     /// Without firmware, the kernel must be an ELF.
     #[error("without firmware the kernel must be an ELF; give --bios for a raw image")]
     RawWithoutFirmware,
+    /// A device tree that is none.
+    #[error("the file given as device tree is none: {0}")]
+    BadFdt(String),
     /// The device tree could not be written.
     #[error("build the device tree: {0}")]
     Fdt(#[from] vm_fdt::Error),
@@ -82,47 +86,16 @@ pub enum LoadError {
 /// Builds the machine at power-on.
 pub fn build(spec: &MachineSpec, images: &Images) -> Result<Machine, LoadError> {
     let mut layout = Layout { ram: Ram::new(spec.memory_bytes as usize), taken: vec![] };
+    let Placed { entry, kernel_entry, initrd } = layout.place_images(spec, images)?;
+    let fdt = device_tree_of(spec, images, initrd)?;
     let end = RAM_BASE + spec.memory_bytes;
-    let (entry, kernel_entry) = match (&images.bios, &images.kernel) {
-        (None, None) => return Err(LoadError::Nothing),
-        (None, Some(kernel)) if !is_elf(kernel) => return Err(LoadError::RawWithoutFirmware),
-        (None, Some(kernel)) => (layout.place_elf("kernel", kernel)?.0, 0),
-        (Some(bios), kernel) => {
-            let (entry, top) = layout.place("firmware", bios, RAM_BASE)?;
-            let at = top.next_multiple_of(ALIGN);
-            let kernel_entry = match kernel {
-                Some(kernel) => layout.place("kernel", kernel, at)?.0,
-                None => 0,
-            };
-            (entry, kernel_entry)
-        }
-    };
-    let initrd = match &images.initrd {
-        None => None,
-        Some(initrd) => {
-            // QEMU's rule: half of RAM up, but at most 512 MiB.
-            let from = RAM_BASE + (spec.memory_bytes / 2).min(512 << 20);
-            layout.put("initrd", from, initrd)?;
-            Some((from, from + initrd.len() as u64))
-        }
-    };
-    let fdt = fdt::build(spec.harts, spec.memory_bytes, &spec.append, initrd)?;
-    let fdt_at = (end - fdt.len() as u64 - 64) / ALIGN * ALIGN;
+    let fdt_at = end.saturating_sub(fdt.len() as u64) / ALIGN * ALIGN;
     layout.put("device tree", fdt_at, &fdt)?;
-    let info_at = fdt_at + (fdt.len() as u64).next_multiple_of(8);
-    let info = [FW_DYNAMIC_MAGIC, 2, kernel_entry, 1, 0, 0].map(u64::to_le_bytes).concat();
-    layout.put("firmware info", info_at, &info)?;
 
-    // What QEMU's reset vector leaves behind; every hart begins, and OpenSBI's info says that
-    // it boots on hart 0.
-    let hart = |number: u32| {
-        let mut hart = Hart::new(entry);
-        (hart.x[10], hart.x[11], hart.x[12]) = (u64::from(number), fdt_at, info_at);
-        hart
-    };
     let disks = images.drives.iter().map(|base| Disk::new(base.clone())).collect();
-    let mut machine = Machine::new(layout.ram, hart(0), spec.shift, disks);
-    (1..spec.harts).for_each(|number| machine.add_hart(hart(number)));
+    let mut machine = Machine::new(layout.ram, Hart::new(ROM), spec.shift, disks);
+    (1..spec.harts).for_each(|_| machine.add_hart(Hart::new(ROM)));
+    machine.rom = Rom::new(entry, fdt_at, kernel_entry);
     spec.devices.iter().for_each(|device| machine.plug(*device));
     if let (None, Some(kernel)) = (&images.bios, &images.kernel) {
         let tohost = symbol(kernel, "tohost");
@@ -135,6 +108,24 @@ pub fn build(spec: &MachineSpec, images: &Images) -> Result<Machine, LoadError> 
         }
     }
     Ok(machine)
+}
+
+/// The device tree that a machine's guest gets: the one given, as it is, or else the machine's own.
+pub fn device_tree(spec: &MachineSpec, images: &Images) -> Result<Vec<u8>, LoadError> {
+    let mut layout = Layout { ram: Ram::new(spec.memory_bytes as usize), taken: vec![] };
+    let placed = layout.place_images(spec, images)?;
+    device_tree_of(spec, images, placed.initrd)
+}
+
+fn device_tree_of(
+    spec: &MachineSpec,
+    images: &Images,
+    initrd: Option<(u64, u64)>,
+) -> Result<Vec<u8>, LoadError> {
+    match &images.dtb {
+        Some(dtb) => Ok(fdt::check(dtb).map_err(LoadError::BadFdt)?.to_vec()),
+        None => Ok(fdt::build(spec.harts, spec.memory_bytes, &spec.append, initrd)?),
+    }
 }
 
 /// Where an architectural test leaves its results, physically: from its ELF's symbol
@@ -171,6 +162,14 @@ fn is_elf(bytes: &[u8]) -> bool {
     bytes.starts_with(b"\x7fELF")
 }
 
+/// Where the files lie.
+struct Placed {
+    entry: u64,
+    /// What firmware goes on with; 0 where there is no kernel behind firmware.
+    kernel_entry: u64,
+    initrd: Option<(u64, u64)>,
+}
+
 struct Layout {
     ram: Ram,
     /// What lies where already.
@@ -178,6 +177,27 @@ struct Layout {
 }
 
 impl Layout {
+    fn place_images(&mut self, spec: &MachineSpec, images: &Images) -> Result<Placed, LoadError> {
+        let (entry, kernel_entry) = match (&images.bios, &images.kernel) {
+            (None, None) => return Err(LoadError::Nothing),
+            (None, Some(kernel)) if !is_elf(kernel) => return Err(LoadError::RawWithoutFirmware),
+            (None, Some(kernel)) => (self.place_elf("kernel", kernel)?.0, 0),
+            (Some(bios), None) => (self.place("firmware", bios, RAM_BASE)?.0, 0),
+            (Some(bios), Some(kernel)) => {
+                let (entry, top) = self.place("firmware", bios, RAM_BASE)?;
+                (entry, self.place("kernel", kernel, top.next_multiple_of(ALIGN))?.0)
+            }
+        };
+        let mut initrd = None;
+        if let Some(bytes) = &images.initrd {
+            // QEMU's rule: half of RAM behind the kernel's entry, but at most 512 MiB.
+            let from = kernel_entry.max(RAM_BASE).saturating_add((spec.memory_bytes / 2).min(512 << 20));
+            self.put("initrd", from, bytes)?;
+            initrd = Some((from, from + bytes.len() as u64));
+        }
+        Ok(Placed { entry, kernel_entry, initrd })
+    }
+
     /// Places an ELF at its own addresses or a raw image at `at`; entry and top.
     fn place(&mut self, what: &'static str, bytes: &[u8], at: u64) -> Result<(u64, u64), LoadError> {
         if is_elf(bytes) {

@@ -288,7 +288,7 @@ impl Machine {
                 let Leaf { entry, low, .. } = self.find_leaf(va, Access::Fetch, self.hart.mode).ok()?;
                 (entry >> 10 & PPN | va >> 12 & low) << 12 | va & 0xfff
             };
-            self.ram.load::<2>(pa.wrapping_sub(RAM_BASE)).map(|bits| bits as u32)
+            self.half(pa)
         };
         let low = half(pc)?;
         if low & 3 != 3 {
@@ -425,11 +425,17 @@ impl Machine {
         Ok(ppn)
     }
 
+    /// Two bytes of an instruction, of RAM or ROM.
+    fn half(&self, pa: u64) -> Option<u32> {
+        let bits = self.ram.load::<2>(pa.wrapping_sub(RAM_BASE)).or_else(|| self.rom.load(pa, 2));
+        bits.map(|bits| bits as u32)
+    }
+
     /// The instruction bits at `pc`; the upper half may lie on the next page.
     pub(super) fn fetch_bits(&mut self, pc: u64) -> Result<u32, Trap> {
         let fault = Access::Fetch.access_fault(pc);
         let pa = self.fetch_ppn(pc)? << 12 | pc & 0xfff;
-        let low = self.ram.load::<2>(pa.wrapping_sub(RAM_BASE)).ok_or(fault)? as u32;
+        let low = self.half(pa).ok_or(fault)?;
         if low & 3 != 3 {
             return Ok(low);
         }
@@ -437,7 +443,7 @@ impl Machine {
         let is_known = upper & 0xfff != 0 && self.hart.fetch_page.is_some();
         let pa = if is_known { pa + 2 } else { self.translate_fetch(upper)? };
         let fault = Access::Fetch.access_fault(upper);
-        let high = self.ram.load::<2>(pa.wrapping_sub(RAM_BASE)).ok_or(fault)? as u32;
+        let high = self.half(pa).ok_or(fault)?;
         Ok(low | high << 16)
     }
 }

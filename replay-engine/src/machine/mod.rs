@@ -27,6 +27,7 @@ mod pairs;
 mod plic;
 pub mod pmp;
 pub mod ram;
+mod rom;
 mod rtc;
 mod run;
 mod slots;
@@ -54,6 +55,7 @@ use lookout::Lookout;
 use plic::Plic;
 use pmp::Regions;
 use ram::Ram;
+use rom::Rom;
 use rtc::Rtc;
 use run::NO_PAGE;
 use serde::{Deserialize, Serialize};
@@ -146,6 +148,7 @@ pub struct Machine {
     pub(crate) hart: Hart,
     harts: Harts,
     pub(crate) ram: Ram,
+    rom: Rom,
     pub(crate) clint: Clint,
     pub(crate) plic: Plic,
     pub(crate) uart: Uart,
@@ -199,6 +202,7 @@ impl Machine {
             hart,
             harts: Harts::one(),
             ram,
+            rom: Rom::default(),
             clint: Clint::new(),
             plic: Plic::new(),
             uart: Uart::new(),

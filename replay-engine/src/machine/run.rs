@@ -10,7 +10,6 @@ use super::code::{self, CodeCache};
 use super::decode::{Code, Op};
 use super::execute::{divide_signed, remainder_signed};
 use super::hart::Trap;
-use super::memory::Access;
 use super::{Exit, Machine, Outside, RAM_BASE, bits};
 
 /// Page numbers have 52 bits.
@@ -292,7 +291,10 @@ impl Machine {
         let from = (ppn << 12).wrapping_sub(RAM_BASE);
         let ram_page = (from >> 12) as u32;
         let Some(bytes) = self.ram.slice(from, 4096) else {
-            return Err(Access::Fetch.access_fault(pc));
+            // Of ROM, or a fault.
+            let bits = self.fetch_bits(pc)?;
+            self.here = NO_PAGE;
+            return Ok(Some(super::decode::decode(bits).placed(at)));
         };
         cache.enter(ram_page);
         self.here = pc >> 12;

@@ -119,6 +119,7 @@ impl Guest {
             bios: Some(bytes(&self.bios)),
             kernel: self.kernel.as_ref().map(bytes),
             initrd: self.initrd.as_ref().map(bytes),
+            dtb: None,
             drives: vec![],
         };
         loader::build(&self.spec(), &images).with_context(|| format!("build the {}'s machine", self.name))
@@ -249,6 +250,7 @@ impl Recorder {
             bios: Some(guest.bios.clone()),
             kernel: guest.kernel.clone(),
             initrd: guest.initrd.clone(),
+            dtb: None,
             append: guest.append.clone(),
             drives: vec![],
             netdev: None,
