@@ -42,7 +42,7 @@ pub enum ClintWrite {
 }
 
 impl Clint {
-    /// Of one hart, after reset: no timer.
+    /// Of one hart, after reset: its time has come, as on QEMU.
     pub fn new() -> Clint {
         let mut clint = Clint { harts: vec![] };
         clint.add_hart();
@@ -51,7 +51,7 @@ impl Clint {
 
     /// One hart more, after reset.
     pub fn add_hart(&mut self) {
-        self.harts.push(Registers { msip: 0, mtimecmp: u64::MAX, timer_line: false });
+        self.harts.push(Registers { msip: 0, mtimecmp: 0, timer_line: true });
     }
 
     /// Whether it is of so many harts: one from outside may not be.

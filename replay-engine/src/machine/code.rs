@@ -162,6 +162,12 @@ impl Op {
 }
 
 impl Code {
+    /// Whether it does nothing but trap, or does so while floating point is off: known when it
+    /// is decoded, and so done when it traps.
+    pub(super) fn traps_by_itself(self) -> bool {
+        matches!(self, Code::Illegal | Code::Ecall | Code::Ebreak) || self.is_float()
+    }
+
     /// Whether what follows is another block: pc goes elsewhere, or what pc means may change.
     fn ends_block(self) -> bool {
         use Code::*;

@@ -231,6 +231,7 @@ impl Machine {
             regions,
             data_paging: None,
         };
+        machine.update_lines();
         machine.update_paging();
         machine
     }

@@ -74,6 +74,7 @@ impl Machine {
                     }
                     Err(trap) => {
                         left -= 1;
+                        self.stop_clock();
                         pc = self.trap(trap);
                         continue;
                     }
@@ -262,6 +263,9 @@ impl Machine {
                         }
                         Err(trap) => {
                             left += behind;
+                            if !op.code.traps_by_itself() {
+                                self.stop_clock();
+                            }
                             break self.trap(trap);
                         }
                     }
@@ -269,6 +273,13 @@ impl Machine {
                 self.set(op.rd, value);
             };
         }
+    }
+
+    /// No virtual time passes for an instruction that was begun and could not be done: on QEMU
+    /// it does not count. Here it does, so that a machine that does nothing but trap comes to
+    /// the end of its run, and every icount is one place in its execution.
+    fn stop_clock(&mut self) {
+        self.clock.bias = self.clock.bias.wrapping_sub(1 << self.clock.shift);
     }
 
     /// The handler's pc.
