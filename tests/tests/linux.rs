@@ -14,29 +14,27 @@ use std::process::Command;
 const TYPED: &str = "\
 mount /dev/vda /mnt && cat /mnt/hello
 seq 3000 > /mnt/woven && sync && umount /mnt
+time sleep 2
 mount /dev/vda /mnt && sha256sum /mnt/woven
 ";
 /// `seq 3000 | sha256sum`.
 const WOVEN: &str = "2e57c67a8bbe706a08d6638ec67da02b67b3743ae7d35948cbcf8d1f45cae0a5  /mnt/woven";
 const PROMPT: &str = "heddle# ";
+const APPEND: &str = "console=ttyS0 quiet cryptomgr.notests";
 const SNAPSHOT_EVERY: u64 = 100_000_000;
 
 /// Adds the arguments that record the guest; `false`, and why, if its files are not there.
-fn boot(command: &mut Command, more: &[&str]) -> bool {
+/// `initrd` is one of the two: `initrd.gz` is the same, to be unpacked by the guest.
+fn boot(command: &mut Command, initrd: &str, append: &str, more: &[&str]) -> bool {
     let files = root().join("target/guests/riscv");
     if !files.join("stamp").exists() {
         println!("skipped: {} is not there, tests/riscv-guest makes it", files.display());
         return false;
     }
     command.args(["record", "builtin", "--name", "linux", "--memory", "256M", "--prompt", PROMPT]);
-    command.args([
-        "--append",
-        "console=ttyS0 quiet cryptomgr.notests",
-        "--snapshot-every",
-        &SNAPSHOT_EVERY.to_string(),
-    ]);
+    command.args(["--append", append, "--snapshot-every", &SNAPSHOT_EVERY.to_string()]);
     let options =
-        [("bios", "fw_dynamic.bin"), ("kernel", "Image"), ("initrd", "initrd"), ("drive", "disk.img")];
+        [("bios", "fw_dynamic.bin"), ("kernel", "Image"), ("initrd", initrd), ("drive", "disk.img")];
     for (option, file) in options {
         command.arg(format!("--{option}")).arg(files.join(file));
     }
@@ -48,6 +46,11 @@ fn expect_console(console: &str, ending: &str) {
     for text in ["OpenSBI v1.6", "heddle: ready", "warp and weft", WOVEN, ending] {
         assert!(console.contains(text), "{text:?} is not on the console:\n{console}");
     }
+    let seconds = |line: &str| -> Option<f64> {
+        line.trim().strip_prefix("real\t0m ")?.strip_suffix('s')?.parse().ok()
+    };
+    let slept = console.lines().find_map(seconds);
+    assert!(slept.is_some_and(|seconds| seconds >= 2.0), "it slept for {slept:?} seconds:\n{console}");
 }
 
 fn expect_match(replayed: &Value, spans: usize) {
@@ -57,12 +60,27 @@ fn expect_match(replayed: &Value, spans: usize) {
     assert_eq!(replayed["spans"].as_array().unwrap().len(), spans, "{replayed}");
 }
 
-/// From power-on and from every snapshot, each to the next one's digest. Behind the last one
-/// there may be too little for a span of its own.
-fn expect_spans(replayed: &Value, every: usize) {
-    let count = replayed["spans"].as_array().unwrap().len();
-    assert!((every..=every + 1).contains(&count), "{replayed}");
-    expect_match(replayed, count);
+/// How many spans to ask for to have one from every snapshot. The planner spreads its borders
+/// evenly and takes the snapshot nearest to each: of so many, each snapshot has one near.
+fn all_spans(recording: &Value) -> String {
+    (4 * (recording["snapshots"].as_array().unwrap().len() + 1)).to_string()
+}
+
+/// From power-on and from every snapshot, each to the next one's digest, and no snapshot is
+/// missing. `recording` is what `heddle describe` says of it.
+fn expect_spans(replayed: &Value, recording: &Value) {
+    let places = |of: &Value, key: &str| -> Vec<u64> {
+        of.as_array().unwrap().iter().map(|row| row[key].as_u64().unwrap()).collect()
+    };
+    let end = recording["committed_icount"].as_u64().unwrap();
+    let mut borders: Vec<u64> = (0..end).step_by(SNAPSHOT_EVERY as usize).collect();
+    assert_eq!(places(&recording["snapshots"], "icount"), borders[1..], "{recording}");
+    assert_eq!(places(&replayed["spans"], "from"), borders, "{replayed}");
+    expect_match(replayed, borders.len());
+    borders.push(end);
+    assert_eq!(places(&replayed["spans"], "to"), borders[1..], "{replayed}");
+    let mut spans = replayed["spans"].as_array().unwrap().iter();
+    assert!(spans.all(|span| span["verdict"] == "match" && span["digest"].is_string()), "{replayed}");
 }
 
 #[test]
@@ -71,7 +89,7 @@ fn linux_boots_takes_commands_writes_its_disk_and_replays() {
     let disk = root().join("target/guests/riscv/disk.img");
     let before = std::fs::read(&disk).ok();
     let mut record = embedded.command();
-    if !boot(&mut record, &["--label", "kind=linux"]) {
+    if !boot(&mut record, "initrd.gz", APPEND, &["--label", "kind=linux"]) {
         return;
     }
     let recorded = run(&mut record, format!("{TYPED}poweroff -f\n").as_bytes()).expect(0);
@@ -92,34 +110,36 @@ fn linux_boots_takes_commands_writes_its_disk_and_replays() {
     assert!(events("block") >= 20, "requests of the disk are recorded");
 }
 
-/// What is printed is not what is typed, which is echoed.
+/// After `TYPED`, with the disk mounted: all harts write it at once. What is printed is not
+/// what is typed, which is echoed.
 const TYPED_TO_FOUR: &str = "\
 nproc && cat /sys/devices/system/cpu/online
-for n in 1 2 3 4; do (i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done; echo woven-$((n*11))) & done; wait
+for n in 1 2 3 4; do (i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done; seq ${n}000 > /mnt/weft-$n; echo woven-$((n*11))) & done; wait
+sync && umount /mnt && mount /dev/vda /mnt && cat /mnt/weft-? | sha256sum
 echo processors-$(grep -c ^processor /proc/cpuinfo)
 poweroff -f
 ";
+/// `for n in 1 2 3 4; do seq ${n}000; done | sha256sum`.
+const WEFT: &str = "f2b053b6632d9734c8b0477706f646f1a719d1a65babe5c306181944be67115c  -";
 
 #[test]
-fn linux_boots_on_four_harts_and_replays_whole_and_in_spans() {
+fn linux_writes_its_disk_from_four_harts_and_replays_whole_and_in_spans() {
     let embedded = Embedded::default();
     let mut record = embedded.command();
-    if !boot(&mut record, &["--harts", "4"]) {
+    if !boot(&mut record, "initrd", APPEND, &["--harts", "4"]) {
         return;
     }
-    let recorded = run(&mut record, TYPED_TO_FOUR.as_bytes()).expect(0);
+    let recorded = run(&mut record, format!("{TYPED}{TYPED_TO_FOUR}").as_bytes()).expect(0);
+    expect_console(&recorded.out, "reboot: Power down");
     let lines: BTreeSet<&str> = recorded.out.lines().map(str::trim).collect();
-    for line in ["4", "0-3", "woven-11", "woven-22", "woven-33", "woven-44", "processors-4"] {
+    for line in ["4", "0-3", "woven-11", "woven-22", "woven-33", "woven-44", WEFT, "processors-4"] {
         assert!(lines.contains(line), "{line:?} is not on the console:\n{}", recorded.out);
     }
-    let whole = embedded.heddle(&["replay", "linux", "-o", "json"]).expect(0).json();
-    expect_match(&whole, 1);
-    let every = (whole["instructions"].as_u64().unwrap() / SNAPSHOT_EVERY) as usize;
-    let spans = (every + 1).to_string();
-    expect_spans(
-        &embedded.heddle(&["replay", "linux", "--spans", &spans, "-o", "json"]).expect(0).json(),
-        every,
-    );
+    expect_match(&embedded.heddle(&["replay", "linux", "-o", "json"]).expect(0).json(), 1);
+    let recording = embedded.heddle(&["describe", "recording", "linux", "-o", "json"]).expect(0).json();
+    let spans = all_spans(&recording);
+    let replayed = embedded.heddle(&["replay", "linux", "--spans", &spans, "-o", "json"]).expect(0).json();
+    expect_spans(&replayed, &recording);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -127,22 +147,22 @@ async fn linux_recorded_until_a_text_replays_in_spans_on_two_nodes() {
     let p = Processes::start(2, 20_000).await;
     let mut record = p.command();
     // The sum as it is printed: what is typed is echoed, so that a typed text would end it too.
-    if !boot(&mut record, &["--until", WOVEN]) {
+    // Without real time: the sleep is jumped over.
+    if !boot(&mut record, "initrd", APPEND, &["--sleep", "off", "--until", WOVEN]) {
         return p.cluster.stop().await;
     }
     let recorded =
         tokio::task::spawn_blocking(move || run(&mut record, TYPED.as_bytes())).await.unwrap().expect(0);
     expect_console(&recorded.out, PROMPT);
     assert!(!recorded.out.contains("Power down"), "it went on after the text:\n{}", recorded.out);
-    let row = p.row("linux").await.unwrap();
-    assert!(row.state == "sealed" && row.snapshots.len() >= 4, "{} snapshots", row.snapshots.len());
+    let recording = p.heddle(&["describe", "recording", "linux", "-o", "json"]).await.expect(0).json();
+    assert_eq!(recording["state"], "sealed");
 
-    let spans = (row.snapshots.len() + 1).to_string();
+    let spans = all_spans(&recording);
     let replayed = p.heddle(&["replay", "linux", "--spans", &spans, "-o", "json"]).await.expect(0).json();
-    expect_spans(&replayed, row.snapshots.len());
+    expect_spans(&replayed, &recording);
     let spans = replayed["spans"].as_array().unwrap();
     let nodes: BTreeSet<&str> = spans.iter().map(|span| span["node"].as_str().unwrap()).collect();
     assert_eq!(nodes.len(), 2, "{replayed}");
-    assert!(spans.iter().all(|span| span["digest"].is_string()), "{replayed}");
     p.cluster.stop().await;
 }
