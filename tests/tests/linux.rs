@@ -1,9 +1,10 @@
-//! Debian's Linux on the built-in machine: typed at, written to disk, replayed.
+//! Debian's Linux on the built-in machine: typed at, written to disk, on a network, replayed.
 //!
 //! `tests/riscv-guest` makes the guest's files. Where they can't be had, this says so and
 //! is skipped.
 #![allow(clippy::unwrap_used)]
 
+use heddle_tests::lan::Neighbour;
 use heddle_tests::{Embedded, Processes, root, run};
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -140,6 +141,55 @@ fn linux_writes_its_disk_from_four_harts_and_replays_whole_and_in_spans() {
     let spans = all_spans(&recording);
     let replayed = embedded.heddle(&["replay", "linux", "--spans", &spans, "-o", "json"]).expect(0).json();
     expect_spans(&replayed, &recording);
+}
+
+/// Typed at the virtio console, whose shell it is.
+const TYPED_AT_HVC0: &str = "\
+tty
+ip link set eth0 up && ip addr add 10.0.0.2/24 dev eth0
+ping -c 3 -i 0.1 10.0.0.1
+head -c 16 /dev/hwrng | hexdump -C
+poweroff -f
+";
+
+#[test]
+fn linux_pings_draws_entropy_on_a_virtio_console_and_replays_without_them() {
+    let embedded = Embedded::default();
+    let (card, peer) = (embedded.path().with_extension("card"), embedded.path().with_extension("peer"));
+    let netdev = format!("unix:{},peer={}", card.display(), peer.display());
+    let devices = ["--netdev", &netdev, "--rng", "--virtio-console"];
+    let mut record = embedded.command();
+    // The last console named is the shell's.
+    if !boot(&mut record, "initrd.gz", &format!("{APPEND} console=hvc0"), &devices) {
+        return;
+    }
+    let neighbour = Neighbour::new(peer);
+    let recorded = run(&mut record, TYPED_AT_HVC0.as_bytes()).expect(0);
+    let frames = neighbour.leave();
+    assert!(!card.exists(), "the card's socket goes with the recording");
+    for text in ["/dev/hvc0", "3 packets received", "reboot: Power down"] {
+        assert!(recorded.out.contains(text), "{text:?} is not on the console:\n{}", recorded.out);
+    }
+
+    let recording = embedded.heddle(&["describe", "recording", "linux", "-o", "json"]).expect(0).json();
+    let spans = all_spans(&recording);
+    let replayed = embedded.heddle(&["replay", "linux", "--spans", &spans, "-o", "json"]).expect(0).json();
+    expect_spans(&replayed, &recording);
+
+    let logged = |kind: &str, body: &str| -> Vec<Vec<u8>> {
+        let said = embedded.heddle(&["events", "linux", "--kind", kind, "-o", "json"]).expect(0).json();
+        let data = |event: &Value| serde_json::from_value(event["body"]["Qemu"][body]["data"].clone());
+        said.as_array().unwrap().iter().map(|event| data(event).unwrap()).collect()
+    };
+    assert!(frames.len() >= 4, "an answer to ARP and three to ping: {frames:?}");
+    assert_eq!(logged("net", "Net"), frames);
+    assert_eq!(String::from_utf8(logged("char-read", "CharRead").concat()).unwrap(), TYPED_AT_HVC0);
+    let dumped = recorded.out.lines().find_map(|line| line.strip_prefix("00000000  ")).unwrap();
+    let digits = dumped.split_whitespace().take(16);
+    let drawn: Vec<u8> = digits.map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
+    let is_logged =
+        logged("random", "Random").iter().any(|given| given.windows(16).any(|part| part == drawn));
+    assert!(is_logged, "what the guest drew is not in the log: {dumped}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
