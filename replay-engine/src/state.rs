@@ -14,8 +14,9 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 /// Which state a digest covers: all that this machine has.
 pub const COVERAGE: &str = "ram, disk overlays, harts (registers, floating point, csrs, tlb, reservation) and \
      their turn, clint, plic, uart, rtc, virtio queues and requests in flight, timers, bottom halves, clock, warp";
-/// Version of [`SnapshotRoot`]; another one is refused by its number.
-const SNAPSHOT_VERSION: u32 = 4;
+/// Version of [`SnapshotRoot`] and of all that its leaves hold; another one is refused by its
+/// number.
+const SNAPSHOT_VERSION: u32 = 5;
 
 /// Page trees kept up to date from digest to digest.
 #[derive(Clone, Debug)]

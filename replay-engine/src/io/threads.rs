@@ -236,11 +236,14 @@ fn record_vcpu(shared: &Shared) {
         }
         shared.exit.store(false, Ordering::Relaxed);
         state = pause_while_full(shared, state);
-        let was_idle = state.emulator.is_idle();
+        let (was_idle, alarm) = (state.emulator.is_idle(), state.emulator.deadline(TimerClock::Host));
         let State { emulator, clocks, .. } = &mut *state;
         let step = emulator.record_vcpu(clocks, RUN);
         state.deliver();
-        let has_work = !state.submitted.is_empty() || (state.emulator.is_idle() && !was_idle);
+        // The iothread waits for the deadlines that it knows.
+        let has_new_alarm = state.emulator.deadline(TimerClock::Host) != alarm;
+        let has_work =
+            !state.submitted.is_empty() || (state.emulator.is_idle() && !was_idle) || has_new_alarm;
         if has_work || step != Step::Continue {
             shared.doorbell.ring();
         }

@@ -5,7 +5,7 @@
 use super::clint::{ClintWrite, TICK_NS};
 use super::hart::{Hart, Trap, envcfg, irq};
 use super::memory::Access;
-use super::rtc::{Rtc, RtcWrite};
+use super::rtc::{AlarmTimer, Rtc};
 use super::{Machine, Outside};
 use crate::role;
 use crate::timer::{TimerClock, TimerId};
@@ -57,7 +57,7 @@ impl Machine {
             }
             map::RTC..=0x10_1fff if size == 4 => {
                 let offset = pa - map::RTC;
-                let now = if Rtc::reads_clock(offset) {
+                let now = if Rtc::load_reads_clock(offset) {
                     outside.read_clock(ClockKind::Host, self.icount, &self.hart)
                 } else {
                     0
@@ -79,7 +79,7 @@ impl Machine {
         pa: u64,
         size: usize,
         value: u64,
-        _outside: &mut dyn Outside,
+        outside: &mut dyn Outside,
     ) -> Result<(), Trap> {
         let done = match pa {
             map::CLINT..=0x200_ffff => self.store_clint(pa - map::CLINT, size, value),
@@ -96,7 +96,7 @@ impl Machine {
                 Some(())
             }
             map::RTC..=0x10_1fff if size == 4 => {
-                self.store_rtc(pa - map::RTC, value as u32);
+                self.store_rtc(pa - map::RTC, value as u32, outside);
                 Some(())
             }
             map::TEST..=0x10_0fff => {
@@ -157,18 +157,24 @@ impl Machine {
         has_come
     }
 
-    fn store_rtc(&mut self, offset: u64, value: u32) {
-        match self.rtc.store(offset, value) {
-            Some(RtcWrite::Alarm) => {
-                match self.rtc.alarm {
-                    Some(at) => self.timers.arm(TimerClock::Host, TimerId::RtcAlarm, at),
-                    None => self.timers.disarm(TimerClock::Host, TimerId::RtcAlarm),
-                }
-                self.leave_for_work();
-            }
-            Some(RtcWrite::Line) => self.update_lines(),
+    fn store_rtc(&mut self, offset: u64, value: u32, outside: &mut dyn Outside) {
+        let now = if Rtc::store_reads_clock(offset) {
+            outside.read_clock(ClockKind::Host, self.icount, &self.hart)
+        } else {
+            0
+        };
+        // The read may have ended the execution.
+        self.attention = true;
+        let timer = self.rtc.store(offset, value, now);
+        match timer {
+            Some(AlarmTimer::Arm(at)) => self.timers.arm(TimerClock::Host, TimerId::RtcAlarm, at),
+            Some(AlarmTimer::Disarm) => self.timers.disarm(TimerClock::Host, TimerId::RtcAlarm),
             None => {}
         }
+        if timer.is_some() {
+            self.leave_for_work();
+        }
+        self.update_lines();
     }
 
     pub(super) fn leave_for_work(&mut self) {
