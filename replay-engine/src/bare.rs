@@ -5,7 +5,7 @@
 //! nor other devices here but those that every machine has.
 
 use crate::machine::hart::Hart;
-use crate::machine::{Machine, Outside, VirtualClock};
+use crate::machine::{Machine, Outside};
 use crate::queue::TYPED_BYTES_MAX;
 use crate::timer::TimerClock;
 use heddle_proto::{AsyncEvent, ClockKind};
@@ -63,7 +63,7 @@ impl Bare {
                 continue;
             }
             let due = deadline.map_or(until, |deadline| self.machine.clock.icount_at(deadline));
-            let mut watch = Watch { clock: self.machine.clock, epoch_ns: self.epoch_ns };
+            let mut watch = Watch { epoch_ns: self.epoch_ns };
             self.machine.run(due.min(until), &mut watch);
         }
     }
@@ -96,13 +96,11 @@ impl Bare {
 
 /// The clocks as the guest's own time has them.
 struct Watch {
-    clock: VirtualClock,
     epoch_ns: i64,
 }
 
 impl Outside for Watch {
-    fn read_clock(&mut self, clock: ClockKind, icount: u64, _: &Hart) -> i64 {
-        let now = self.clock.now(icount);
+    fn read_clock(&mut self, clock: ClockKind, now: i64, _: u64, _: &Hart) -> i64 {
         match clock {
             ClockKind::Host => now.saturating_add(self.epoch_ns),
             ClockKind::VirtualRt => now,

@@ -354,7 +354,7 @@ impl Emulator {
     fn read_clock(&mut self, clock: ClockKind, world: &mut dyn World) -> i64 {
         let icount = self.machine.icount;
         let mut tape = Tape { log: &mut self.log, checks: &mut self.checks, world };
-        tape.read_clock(clock, icount, &self.machine.hart)
+        tape.read_clock(clock, self.machine.virtual_now(), icount, &self.machine.hart)
     }
 
     /// iothread: the machine's first checkpoint.
@@ -375,7 +375,8 @@ impl Emulator {
                 let now = self.read_clock(ClockKind::VirtualRt, world);
                 let start = *self.rest.warp.start.get_or_insert(now);
                 if let Some(deadline) = deadline {
-                    let due = start.saturating_add((deadline - self.machine.virtual_now()).max(0));
+                    let due =
+                        start.saturating_add(deadline.saturating_sub(self.machine.virtual_now()).max(0));
                     self.machine.timers.arm(TimerClock::VirtualRt, TimerId::Warp, due);
                 }
             }
@@ -394,7 +395,9 @@ impl Emulator {
         if let Some(start) = self.rest.warp.start {
             let idle = match self.sleep {
                 Sleep::On => self.read_clock(ClockKind::VirtualRt, world).saturating_sub(start),
-                Sleep::Off => self.rest.warp.jump.map_or(0, |to| to - self.machine.virtual_now()),
+                Sleep::Off => {
+                    self.rest.warp.jump.map_or(0, |to| to.saturating_sub(self.machine.virtual_now()))
+                }
             };
             // The virtual clock never goes backwards.
             self.machine.clock.bias = self.machine.clock.bias.saturating_add(idle.max(0));
@@ -541,7 +544,7 @@ struct Tape<'a> {
 }
 
 impl Outside for Tape<'_> {
-    fn read_clock(&mut self, clock: ClockKind, icount: u64, hart: &Hart) -> i64 {
+    fn read_clock(&mut self, clock: ClockKind, _: i64, icount: u64, hart: &Hart) -> i64 {
         let (event, value) = match self.log {
             Log::Recorder(recorder) => {
                 let value = self.world.now(clock);

@@ -392,6 +392,9 @@ fn put_hart(machine: &mut Machine, number: usize, name: &str, bytes: &[u8]) -> R
     if hart.tlb.len() != TLB_ENTRIES {
         return Err("snapshot's TLB has another size".into());
     }
+    if hart.pc % 2 != 0 {
+        return Err(format!("{name} is at an odd pc, {:#x}", hart.pc));
+    }
     *machine.hart_at_mut(number).ok_or_else(|| format!("no {name} here"))? = hart;
     Ok(())
 }

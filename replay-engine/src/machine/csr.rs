@@ -1,7 +1,7 @@
 //! Control and status registers.
 
+use super::Machine;
 use super::hart::{Hart, Mode, envcfg, inhibit, irq, status};
-use super::{Machine, clint};
 
 /// RV64GC (ACDFIM) with S and U.
 const MISA: u64 = 2 << 62 | 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 8 | 1 << 12 | 1 << 18 | 1 << 20;
@@ -83,7 +83,7 @@ impl Machine {
         }
         Some(match csr {
             0xc00 => h.cycle(self.icount),
-            0xc01 => (self.virtual_now() / clint::TICK_NS) as u64,
+            0xc01 => self.mtime(),
             0xc02 => h.instret(self.icount),
             0xc03 => h.kicks,
             _ => 0,
@@ -106,7 +106,7 @@ impl Machine {
         let h = &mut self.hart;
         let masked = |old: u64, mask: u64| old & !mask | value & mask;
         match csr {
-            0x100 => h.mstatus = masked(h.mstatus, status::SSTATUS & !status::XL),
+            0x100 => h.mstatus = masked(h.mstatus, status::SSTATUS & !(3 << 32)),
             0x104 => h.mie = masked(h.mie, h.mideleg),
             0x105 => h.stvec = value & !2,
             0x106 => h.scounteren = value & 0xffff_ffff,

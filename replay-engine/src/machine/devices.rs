@@ -3,7 +3,7 @@
 //! The memory map is QEMU `virt`'s.
 
 use super::clint::{ClintWrite, TICK_NS};
-use super::hart::{Hart, Trap, envcfg, irq};
+use super::hart::{Hart, Trap, irq};
 use super::memory::Access;
 use super::rtc::{AlarmTimer, Rtc};
 use super::{Machine, Outside};
@@ -32,6 +32,10 @@ pub mod map {
 /// The guest asked for a reset; like `-no-reboot`, that ends the run, with this code.
 pub const RESET_CODE: u16 = 0;
 
+/// Deadlines behind this do not come in 146 years of virtual time, and are none: no sum of two
+/// times overflows.
+const NEVER: i64 = i64::MAX / 2;
+
 impl Machine {
     pub(super) fn load_device(
         &mut self,
@@ -41,10 +45,7 @@ impl Machine {
         outside: &mut dyn Outside,
     ) -> Result<u64, Trap> {
         let value = match pa {
-            map::CLINT..=0x200_ffff => {
-                let ticks = (self.virtual_now() / TICK_NS) as u64;
-                self.clint.load(pa - map::CLINT, size, ticks)
-            }
+            map::CLINT..=0x200_ffff => self.clint.load(pa - map::CLINT, size, self.mtime()),
             map::PLIC..=0xc5f_ffff if size == 4 && pa % 4 == 0 => {
                 let value = self.plic.load(pa - map::PLIC);
                 self.update_lines();
@@ -58,7 +59,7 @@ impl Machine {
             map::RTC..=0x10_1fff if size == 4 => {
                 let offset = pa - map::RTC;
                 let now = if Rtc::load_reads_clock(offset) {
-                    outside.read_clock(ClockKind::Host, self.icount, &self.hart)
+                    outside.read_clock(ClockKind::Host, self.seen_now(), self.icount, &self.hart)
                 } else {
                     0
                 };
@@ -124,7 +125,9 @@ impl Machine {
     }
 
     fn store_clint(&mut self, offset: u64, size: usize, value: u64) -> Option<()> {
-        match self.clint.store(offset, size, value)? {
+        let now = self.mtime();
+        match self.clint.store(offset, size, value, now)? {
+            ClintWrite::Time => self.follow_mtime(),
             ClintWrite::Compare(hart) => {
                 let has_come = self.set_timer(TimerId::Clint(hart), self.clint.compare(hart));
                 self.clint.set_timer_line(hart, has_come);
@@ -137,29 +140,55 @@ impl Machine {
 
     /// `stimecmp`, or whether it drives STIP, was written.
     pub(super) fn follow_stimecmp(&mut self) {
-        let is_on = self.hart.menvcfg & envcfg::STCE != 0;
-        let compare = if is_on { self.hart.stimecmp } else { u64::MAX };
+        let compare = self.hart.supervisor_compare();
         let id = TimerId::Supervisor(self.current_hart());
         self.hart.stimecmp_passed = self.set_timer(id, compare);
         self.update_lines();
     }
 
-    /// Whether time has come to tick `compare`; until then a timer is armed for it.
+    /// The virtual clock as the instruction sees it that is being executed: behind it, as on
+    /// QEMU, where an instruction counts before it is done.
+    pub(super) fn seen_now(&self) -> i64 {
+        self.clock.now(self.icount + 1)
+    }
+
+    /// What the CLINT's `mtime` shows to the instruction that is being executed.
+    pub(super) fn mtime(&self) -> u64 {
+        self.clint.mtime((self.seen_now() / TICK_NS) as u64)
+    }
+
+    /// Whether time has come to tick `compare`; until then a timer is armed for it, unless it
+    /// is too far away ever to come. By QEMU's rule for when that is, which counts whole ticks
+    /// from now: up to a tick late.
     fn set_timer(&mut self, id: TimerId, compare: u64) -> bool {
-        let due = compare.saturating_mul(TICK_NS as u64).min(i64::MAX as u64);
-        let has_come = self.virtual_now() as u64 >= due;
-        if has_come || due == i64::MAX as u64 {
+        let ticks = compare.saturating_sub(self.mtime());
+        let wait = i64::try_from(ticks).unwrap_or(i64::MAX).saturating_mul(TICK_NS);
+        let due = self.seen_now().saturating_add(wait);
+        if ticks == 0 || due > NEVER {
             self.timers.disarm(TimerClock::Virtual, id);
         } else {
-            self.timers.arm(TimerClock::Virtual, id, due as i64);
+            self.timers.arm(TimerClock::Virtual, id, due);
         }
         self.leave_for_work();
-        has_come
+        ticks == 0
+    }
+
+    /// `mtime` was written: every hart's compare registers are met at other times.
+    fn follow_mtime(&mut self) {
+        for number in 0..self.hart_count() {
+            let has_come = self.set_timer(TimerId::Clint(number), self.clint.compare(number));
+            self.clint.set_timer_line(number, has_come);
+            let compare = self.hart_at(number).map_or(u64::MAX, Hart::supervisor_compare);
+            let has_come = self.set_timer(TimerId::Supervisor(number), compare);
+            if let Some(hart) = self.hart_at_mut(number) {
+                hart.stimecmp_passed = has_come;
+            }
+        }
     }
 
     fn store_rtc(&mut self, offset: u64, value: u32, outside: &mut dyn Outside) {
         let now = if Rtc::store_reads_clock(offset) {
-            outside.read_clock(ClockKind::Host, self.icount, &self.hart)
+            outside.read_clock(ClockKind::Host, self.seen_now(), self.icount, &self.hart)
         } else {
             0
         };

@@ -271,6 +271,11 @@ impl Hart {
         self.mstatus | if is_dirty { status::SD } else { 0 }
     }
 
+    /// The tick that drives STIP; none, while `stimecmp` does not.
+    pub(super) fn supervisor_compare(&self) -> u64 {
+        if self.menvcfg & envcfg::STCE != 0 { self.stimecmp } else { u64::MAX }
+    }
+
     /// `mip` as the guest reads it.
     pub fn mip(&self) -> u64 {
         let mut soft = self.mip_soft;

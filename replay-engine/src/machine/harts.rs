@@ -76,6 +76,7 @@ impl Machine {
         self.harts.turn_end = self.icount + QUANTUM;
         self.clint.add_hart();
         self.plic.add_hart();
+        self.carry_lines();
     }
 
     /// How many harts there are.
@@ -126,7 +127,11 @@ impl Machine {
             return;
         }
         match self.next_hart() {
-            Some(next) => self.make_current(next),
+            Some(next) => {
+                // What the others do meanwhile to the place reserved is not watched.
+                self.hart.reservation = None;
+                self.make_current(next);
+            }
             None if waits => return,
             None => {}
         }

@@ -101,7 +101,9 @@ pub fn build(spec: &MachineSpec, images: &Images) -> Result<Machine, LoadError> 
         let tohost = symbol(kernel, "tohost");
         if tohost.is_some() || signature(kernel).is_some() {
             // Written for machines where A and D of page tables are software's at first.
-            machine.hart.menvcfg &= !envcfg::ADUE;
+            for number in 0..machine.hart_count() {
+                machine.hart_at_mut(number).into_iter().for_each(|hart| hart.menvcfg &= !envcfg::ADUE);
+            }
         }
         if let Some(tohost) = tohost {
             machine.watch_tohost(tohost, symbol(kernel, "fromhost"));
@@ -185,7 +187,7 @@ impl Layout {
             (Some(bios), None) => (self.place("firmware", bios, RAM_BASE)?.0, 0),
             (Some(bios), Some(kernel)) => {
                 let (entry, top) = self.place("firmware", bios, RAM_BASE)?;
-                (entry, self.place("kernel", kernel, top.next_multiple_of(ALIGN))?.0)
+                (entry, self.place_kernel(kernel, top.next_multiple_of(ALIGN))?)
             }
         };
         let mut initrd = None;
@@ -207,6 +209,17 @@ impl Layout {
         Ok((at, at + bytes.len() as u64))
     }
 
+    /// Places a kernel behind firmware; what firmware goes on with. Of an ELF, that is its lowest
+    /// address, as on QEMU, where it would be a raw image's first byte.
+    fn place_kernel(&mut self, kernel: &[u8], at: u64) -> Result<u64, LoadError> {
+        if !is_elf(kernel) {
+            return Ok(self.place("kernel", kernel, at)?.0);
+        }
+        let before = self.taken.len();
+        self.place_elf("kernel", kernel)?;
+        Ok(self.taken[before..].iter().map(|(_, from, _)| *from).min().unwrap_or(at))
+    }
+
     fn place_elf(&mut self, what: &'static str, bytes: &[u8]) -> Result<(u64, u64), LoadError> {
         let bad = |why: String| LoadError::Elf { what, why };
         let file = ElfBytes::<LittleEndian>::minimal_parse(bytes).map_err(|e| bad(e.to_string()))?;
@@ -218,7 +231,7 @@ impl Layout {
             return Err(bad(format!("its machine, at offset 18, is {found}; RISC-V is {wanted}")));
         }
         let segments = file.segments().ok_or_else(|| bad("no program headers".into()))?;
-        let mut top = 0;
+        let (mut top, mut entry) = (0, file.ehdr.e_entry);
         for segment in segments.iter().filter(|s| s.p_type == abi::PT_LOAD && s.p_memsz > 0) {
             let data = file.segment_data(&segment).map_err(|e| bad(e.to_string()))?;
             if data.len() as u64 > segment.p_memsz {
@@ -229,11 +242,15 @@ impl Layout {
             self.take(what, segment.p_paddr, to)?;
             self.fill(what, segment.p_paddr, data)?;
             top = top.max(to);
+            let into = file.ehdr.e_entry.wrapping_sub(segment.p_vaddr);
+            if into < segment.p_memsz {
+                entry = segment.p_paddr + into;
+            }
         }
         if top == 0 {
             return Err(bad("nothing to load".into()));
         }
-        Ok((file.ehdr.e_entry, top))
+        Ok((entry, top))
     }
 
     fn put(&mut self, what: &'static str, at: u64, bytes: &[u8]) -> Result<(), LoadError> {

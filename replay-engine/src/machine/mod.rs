@@ -68,7 +68,8 @@ pub const RAM_BASE: u64 = 0x8000_0000;
 /// What the machine asks of the world in the middle of a run.
 pub trait Outside {
     /// The value of a recorded clock, read by the instruction at `icount`.
-    fn read_clock(&mut self, clock: ClockKind, icount: u64, hart: &Hart) -> i64;
+    /// The virtual clock shows `now`.
+    fn read_clock(&mut self, clock: ClockKind, now: i64, icount: u64, hart: &Hart) -> i64;
     /// Whether the run must end after this instruction.
     fn must_stop(&mut self) -> bool;
 }
@@ -78,7 +79,7 @@ pub trait Outside {
 pub struct Nobody;
 
 impl Outside for Nobody {
-    fn read_clock(&mut self, _: ClockKind, icount: u64, _: &Hart) -> i64 {
+    fn read_clock(&mut self, _: ClockKind, _: i64, icount: u64, _: &Hart) -> i64 {
         icount as i64
     }
 
@@ -179,6 +180,9 @@ pub struct Machine {
     htif: Option<Htif>,
     /// The guest switched off by asking for a reset; not state.
     wants_reset: bool,
+    /// Instructions that could not be done, of those executed since the machine was made; not
+    /// state.
+    faults: u64,
     code: CodeCache,
     /// The virtual page that the code cache's current one is at, while it is known.
     here: u64,
@@ -223,6 +227,7 @@ impl Machine {
             lookout: None,
             htif: None,
             wants_reset: false,
+            faults: 0,
             code: CodeCache::new(pages),
             here: NO_PAGE,
             fast: FastTlb::new(),
@@ -239,6 +244,17 @@ impl Machine {
     /// Instructions executed so far.
     pub fn icount(&self) -> u64 {
         self.icount
+    }
+
+    /// How many of the instructions executed since the machine was made could not be done and
+    /// took no virtual time. QEMU's icount is without them.
+    pub fn faults(&self) -> u64 {
+        self.faults
+    }
+
+    /// Bytes printed since they were last taken.
+    pub fn console_len(&self) -> usize {
+        self.console.len()
     }
 
     /// The hart whose turn it is.
@@ -365,7 +381,7 @@ impl Machine {
         if !std::mem::take(&mut self.hart.kick_pending) {
             return;
         }
-        self.hart.kicks += 1;
+        self.hart.kicks = self.hart.kicks.wrapping_add(1);
         self.hart.reservation = None;
         self.carry_lines();
     }

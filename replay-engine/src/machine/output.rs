@@ -14,7 +14,7 @@ pub struct Output {
 impl Output {
     /// A byte was sent.
     pub fn byte(&mut self, byte: u8) {
-        self.bytes += 1;
+        self.bytes = self.bytes.wrapping_add(1);
         self.mix(u64::from(byte));
     }
 

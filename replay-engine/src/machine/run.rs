@@ -263,7 +263,7 @@ impl Machine {
                         }
                         Err(trap) => {
                             left += behind;
-                            if !op.code.traps_by_itself() {
+                            if !op.code.traps_by_itself(trap) {
                                 self.stop_clock();
                             }
                             break self.trap(trap);
@@ -279,6 +279,7 @@ impl Machine {
     /// it does not count. Here it does, so that a machine that does nothing but trap comes to
     /// the end of its run, and every icount is one place in its execution.
     fn stop_clock(&mut self) {
+        self.faults += 1;
         self.clock.bias = self.clock.bias.wrapping_sub(1 << self.clock.shift);
     }
 
@@ -294,6 +295,11 @@ impl Machine {
     #[inline(never)]
     fn enter(&mut self, cache: &mut CodeCache, pc: u64) -> Result<Option<Op>, Trap> {
         let ppn = self.fetch_ppn(pc)?;
+        if self.ram.has_stale_code() {
+            // The walk has set A in a page that was executed; it may be this one.
+            cache.forget(self.ram.take_stale_code());
+            self.see_tohost();
+        }
         let at = pc as usize & 0xfff;
         if self.hart.fetch_page.is_none() {
             self.here = NO_PAGE;

@@ -188,7 +188,7 @@ impl Machine {
         // New buffers for frames need no work of the device's: whoever has frames must look.
         if !(matches!(card, Some(Card::Net(_))) && queue == virtio_net::RECEIVE) {
             self.bottom_halves.push(BottomHalf { id: self.next_bottom_half, slot, queue });
-            self.next_bottom_half += 1;
+            self.next_bottom_half = self.next_bottom_half.wrapping_add(1);
         }
         self.leave_for_work();
     }

@@ -68,7 +68,7 @@ impl VirtioBlock {
                 break;
             };
             request.id = *next_id;
-            *next_id += 1;
+            *next_id = next_id.wrapping_add(1);
             popped.push(request.id);
             self.in_flight.push(request);
         }
