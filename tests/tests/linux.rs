@@ -4,7 +4,7 @@
 //! is skipped.
 #![allow(clippy::unwrap_used)]
 
-use heddle_tests::{Embedded, Processes, root, run};
+use heddle_tests::{Embedded, Processes, root, run, skip};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -25,7 +25,7 @@ const SNAPSHOT_EVERY: u64 = 100_000_000;
 fn boot(command: &mut Command, more: &[&str]) -> bool {
     let files = root().join("target/guests/riscv");
     if !files.join("stamp").exists() {
-        println!("skipped: {} is not there, tests/riscv-guest makes it", files.display());
+        skip(format_args!("{} is not there: tests/riscv-guest makes it", files.display()));
         return false;
     }
     command.args(["record", "builtin", "--name", "linux", "--memory", "256M", "--prompt", PROMPT]);

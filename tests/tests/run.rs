@@ -1,7 +1,7 @@
 //! `heddle run`: bare programs, how they end, and what is said when they can't.
 #![allow(clippy::unwrap_used)]
 
-use heddle_tests::{Embedded, Said, run};
+use heddle_tests::{Embedded, Said, run, skip};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use tempfile::TempDir;
@@ -36,7 +36,7 @@ struct Assembler(TempDir);
 impl Assembler {
     fn new() -> Option<Assembler> {
         if Command::new("riscv64-unknown-elf-gcc").arg("--version").output().is_err() {
-            eprintln!("riscv64-unknown-elf-gcc is not installed: not tested");
+            skip("riscv64-unknown-elf-gcc is not installed");
             return None;
         }
         Some(Assembler(TempDir::new().unwrap()))
