@@ -1,14 +1,17 @@
 //! Every format under seeded mutations of valid examples; `fuzz/` has the same checks.
 #![allow(clippy::unwrap_used)]
 
+use heddle_replay_engine::guest;
+use heddle_replay_engine::machine::loader::{self, Images};
+use heddle_replay_engine::machine::{Exit, Nobody};
 use heddle_tests::formats::mutate::mutate;
 use heddle_tests::formats::{FORMATS, Format};
 use heddle_tests::{count, root};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// Bytes of an input that are shown.
 const SHOWN_BYTES: usize = 2048;
@@ -59,6 +62,20 @@ fn what_the_encoders_make_is_taken() {
             assert_eq!(taken, Some(true), "{}: example {i} is refused", format.name);
         }
     }
+}
+
+#[test]
+fn examples_of_elfs_have_the_symbols_of_an_architectural_test() {
+    let format = FORMATS.iter().find(|format| format.name == "elf").unwrap();
+    let mut found = 0;
+    for seed in (format.seeds)().into_iter().filter(|seed| loader::signature(seed).is_some()) {
+        let images = Images { kernel: Some(Arc::from(seed)), ..Images::default() };
+        let mut machine = loader::build(&guest::spec(), &images).unwrap();
+        while machine.run(100, &mut Nobody) == Exit::Work {}
+        assert_eq!(machine.exit_code(), Some(0), "it ends by tohost");
+        found += 1;
+    }
+    assert!(found > 0);
 }
 
 #[test]
