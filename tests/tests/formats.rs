@@ -103,6 +103,23 @@ fn nothing_and_garbage_are_refused_quietly() {
     }
 }
 
+/// In `HEDDLE_CORPUS`, a directory seen from the workspace's root; otherwise just to see that
+/// it can be done.
+#[test]
+fn seeds_are_written() {
+    let temporary = tempfile::tempdir().unwrap();
+    let given = std::env::var_os("HEDDLE_CORPUS");
+    let corpus = given.map_or_else(|| temporary.path().to_path_buf(), |dir| root().join(dir));
+    for format in FORMATS {
+        let dir = corpus.join(format.name);
+        std::fs::create_dir_all(&dir).unwrap();
+        for (i, seed) in (format.seeds)().iter().enumerate() {
+            std::fs::write(dir.join(format!("seed-{i}")), seed).unwrap();
+        }
+        assert!(std::fs::read_dir(&dir).unwrap().count() > 0, "{}: nothing to begin with", format.name);
+    }
+}
+
 #[test]
 fn every_format_has_a_fuzz_target() {
     let dir = root().join("fuzz");
