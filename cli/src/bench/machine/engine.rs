@@ -61,7 +61,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// So many iterations of integer work, about 160,000 instructions each.
+    /// So many iterations of integer work, about 213,000 instructions each.
     pub fn compute(iterations: u64) -> Guest {
         Guest::own("compute guest", Parameters { iterations, ..Default::default() })
     }
