@@ -1,9 +1,9 @@
 //! `heddle record qemu`: this process is the node that runs the user's QEMU.
 
-use super::record::{exit_status, labels, open_terminal, outbox_of};
+use super::record::{labels, open_terminal, outbox_of};
 use crate::args::{Format, RecordQemu};
 use crate::cluster::Cluster;
-use crate::exit::{INCOMPATIBLE, USAGE, coded};
+use crate::exit::{INCOMPATIBLE, USAGE, coded, of_guest};
 use crate::output;
 use anyhow::Result;
 use heddle_node::qemu::record::{QemuRequest, record};
@@ -92,5 +92,5 @@ pub async fn run(cluster: &Cluster, command: RecordQemu, format: Format) -> Resu
             },
         ),
     }
-    Ok(exit_status(recorded.exit_code))
+    Ok(of_guest(recorded.exit_code))
 }
