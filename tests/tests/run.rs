@@ -133,6 +133,19 @@ fn recorded_it_ends_with_the_same_exit_code() {
 }
 
 #[test]
+fn a_recording_without_a_name_is_called_by_its_id() {
+    let Some(assembler) = Assembler::new() else { return };
+    let (embedded, elf) = (Embedded::default(), assembler.elf("nameless", BASE, &finisher(0x5555)));
+    let record = ["record", "builtin", "--kernel", elf.to_str().unwrap()];
+    let first = embedded.heddle(&[&record[..], &["-o", "json"]].concat()).expect(0).json();
+    let name = first["recording"].as_str().unwrap();
+    assert_eq!(name, format!("builtin-{}", &first["id"].as_str().unwrap()[..8]));
+    let second = embedded.heddle(&record).expect(0);
+    assert!(second.err.contains("recorded builtin-") && !second.err.contains(name), "{}", second.err);
+    assert_eq!(embedded.heddle(&["replay", name, "-o", "json"]).expect(0).json()["verdict"], "match");
+}
+
+#[test]
 fn a_test_has_accessed_and_dirty_to_itself() {
     let Some(assembler) = Assembler::new() else { return };
     // The exit code is menvcfg.ADUE.

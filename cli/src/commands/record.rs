@@ -37,7 +37,7 @@ pub async fn run(cluster: &Cluster, command: RecordBuiltin, format: Format) -> R
     terminal.close();
     let recorded = recorded?;
     let summary = json!({
-        "recording": command.common.name,
+        "recording": recorded.name,
         "id": recorded.id,
         "instructions": recorded.end.icount,
         "events": recorded.end.event,
@@ -48,10 +48,10 @@ pub async fn run(cluster: &Cluster, command: RecordBuiltin, format: Format) -> R
     });
     match format {
         Format::Json | Format::Yaml => output::value(format, &summary)?,
-        Format::Name => output::line(command.common.name.clone())?,
+        Format::Name => output::line(recorded.name)?,
         Format::Table | Format::Wide => eprintln!(
             "recorded {}: {} instructions, {} events, {:.1} s",
-            command.common.name,
+            recorded.name,
             output::grouped(recorded.end.icount),
             output::grouped(recorded.end.event),
             began.elapsed().as_secs_f64()

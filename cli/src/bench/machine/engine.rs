@@ -242,7 +242,7 @@ impl Recorder {
     fn request(&self, guest: &Guest, name: &str, sleep: Sleep, snapshot_every: u64) -> RecordRequest {
         RecordRequest {
             harts: 1,
-            name: name.into(),
+            name: Some(name.into()),
             labels: BTreeMap::new(),
             memory_bytes: guest.memory_bytes,
             shift: guest.shift,
