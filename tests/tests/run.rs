@@ -237,6 +237,27 @@ fn a_timer_wakes_an_idle_guest_and_nothing_else_does() {
 }
 
 #[test]
+fn an_hour_of_sleep_is_recorded_and_replayed_in_a_few_instructions() {
+    let Some(assembler) = Assembler::new() else { return };
+    // By its clock the hour has passed, or it fails. Whoever waited for that would take an hour.
+    let code = format!(
+        "li t0, 0x2004000\nli t1, 36000000000\nsd t1, 0(t0)\nli t2, 128\ncsrw mie, t2\nwfi
+        li t0, 0x200bff8\nld t2, 0(t0)\nbltu t2, t1, 1f\n{}\n1: {}",
+        finisher(0x5555),
+        finisher(0x1_3333)
+    );
+    let (embedded, elf) = (Embedded::default(), assembler.elf("sleeper", BASE, &code));
+    let record = ["record", "builtin", "--name", "sleeper", "--sleep", "off", "-o", "json", "--kernel"];
+    let recorded = embedded.heddle(&[&record[..], &[elf.to_str().unwrap()]].concat()).expect(0).json();
+    let replayed = embedded.heddle(&["replay", "sleeper", "-o", "json"]).expect(0).json();
+    assert_eq!(replayed["verdict"], "match", "{replayed}");
+    for said in [recorded, replayed] {
+        assert!(said["instructions"].as_u64().unwrap() < 100, "{said}");
+        assert!(said["events"].as_u64().unwrap() < 100, "{said}");
+    }
+}
+
+#[test]
 fn as_many_harts_run_as_are_asked_for() {
     let Some(assembler) = Assembler::new() else { return };
     // Each counts itself; the first one waits for three.
