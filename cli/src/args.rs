@@ -262,9 +262,9 @@ pub enum Record {
 /// What every recording takes.
 #[derive(ClapArgs, Debug, Clone)]
 pub struct RecordCommon {
-    /// The recording's name.
+    /// The recording's name; without it, `builtin-` or `qemu-` and the first digits of its id.
     #[arg(long)]
-    pub name: String,
+    pub name: Option<String>,
     /// A label, KEY=VALUE.
     #[arg(long = "label", value_name = "K=V")]
     pub labels: Vec<String>,

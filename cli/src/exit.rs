@@ -21,6 +21,12 @@ pub const NO_QUORUM: u8 = 7;
 /// Not done in time.
 pub const TIMEOUT: u8 = 8;
 
+/// A guest's exit code as ours: its low byte, as a process's exit status has no more. What is
+/// not 0 there must not be 0 here.
+pub fn of_guest(code: u16) -> u8 {
+    if code == 0 { OK } else { code.to_le_bytes()[0].max(UNEXPECTED) }
+}
+
 /// An error with a code of its own.
 #[derive(Debug, thiserror::Error)]
 #[error("{text}")]
@@ -77,4 +83,16 @@ pub fn code_of(error: &anyhow::Error) -> u8 {
         }
     }
     UNEXPECTED
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guests_exit_code_is_ours_by_its_low_byte_and_no_failure_is_lost() {
+        for (code, ours) in [(0, 0), (5, 5), (255, 255), (256, 1), (300, 44), (u16::MAX, 255)] {
+            assert_eq!(of_guest(code), ours, "{code}");
+        }
+    }
 }

@@ -30,8 +30,8 @@ pub type NamedFile = (String, Bytes);
 
 /// What to record.
 pub struct RecordRequest {
-    /// The recording's name.
-    pub name: String,
+    /// The recording's name; without one, it is called by its id.
+    pub name: Option<String>,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
     /// Harts.
@@ -96,6 +96,8 @@ pub struct Console {
 pub struct Recorded {
     /// Its id.
     pub id: RecordingId,
+    /// Its name.
+    pub name: String,
     /// Where it ended.
     pub end: Position,
     /// Digest of the last state.
@@ -169,7 +171,7 @@ pub async fn record(
     // Dropping the sink ends the snapshots' channel.
     drop(recording.sink);
     live.seal(false, || {}).await?;
-    Ok(Recorded { id, end, digest, exit_code })
+    Ok(Recorded { id, name: manifest.name, end, digest, exit_code })
 }
 
 /// Ends a task with the recording it serves.
@@ -209,7 +211,7 @@ async fn prepare(store: &StoreClient, request: &RecordRequest) -> Result<(Manife
     let manifest = Manifest {
         version: MANIFEST_VERSION,
         id,
-        name: request.name.clone(),
+        name: request.name.clone().unwrap_or_else(|| format!("builtin-{}", id.short())),
         labels: request.labels.clone(),
         created_unix_ms: created.as_millis() as u64,
         build: BUILTIN.into(),

@@ -7,6 +7,7 @@
 //! encoded and decoded again. Behind checksums, a check tries the bytes also with the
 //! checksums made good, since no mutation would get past them.
 
+mod elf;
 mod machine;
 pub mod mutate;
 mod qemu;
@@ -47,6 +48,12 @@ pub const FORMATS: &[Format] = &[
     Format { name: "rows", check: store::check_rows, seeds: store::rows_seeds, cost: 1 },
     Format { name: "raft", check: store::check_raft, seeds: store::raft_seeds, cost: 1 },
     Format { name: "elf", check: machine::check_elf, seeds: machine::elf_seeds, cost: 4 },
+    Format {
+        name: "device-tree",
+        check: machine::check_device_tree,
+        seeds: machine::device_tree_seeds,
+        cost: 4,
+    },
     Format { name: "snapshot", check: machine::check_snapshot, seeds: machine::snapshot_seeds, cost: 4 },
     Format { name: "virtio", check: machine::check_virtio, seeds: machine::virtio_seeds, cost: 4 },
     Format { name: "qemu-log", check: qemu::check_log, seeds: qemu::log_seeds, cost: 1 },

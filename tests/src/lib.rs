@@ -1,6 +1,8 @@
 //! The cluster in a box: what the tests of real processes share.
 //!
 //! `HEDDLE_FULL=1` asks for the large counts; without it a seeded sample runs.
+//! `HEDDLE_REQUIRE=1`, as in CI, makes a test fail that is otherwise skipped for want of
+//! what `./test` installs.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used)]
 
@@ -19,6 +21,7 @@ use heddle_proto::{Chunk, ChunkBuilder, Event, Hash, Manifest, RecordingId, v1};
 use heddle_storage::StoreClient;
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -36,6 +39,18 @@ pub fn program() -> PathBuf {
 /// `sample`, or `full` when the large counts are asked for.
 pub fn count(sample: u64, full: u64) -> u64 {
     if std::env::var_os("HEDDLE_FULL").is_some() { full } else { sample }
+}
+
+/// Says that a test is skipped, as something is not there that `./test` installs; fails where
+/// `HEDDLE_REQUIRE` is set. `./test` counts what is said.
+pub fn skip(why: impl Display) {
+    assert!(std::env::var_os("HEDDLE_REQUIRE").is_none(), "HEDDLE_REQUIRE is set, but {why}");
+    leave_out(why);
+}
+
+/// Says that a test is skipped by somebody's wish, or as this machine forbids what it does.
+pub fn leave_out(why: impl Display) {
+    println!("skipped: {why}");
 }
 
 /// What a test's random choices come from: `HEDDLE_SEED`, or a new one. It is printed.

@@ -1,14 +1,17 @@
 //! Every format under seeded mutations of valid examples; `fuzz/` has the same checks.
 #![allow(clippy::unwrap_used)]
 
+use heddle_replay_engine::guest;
+use heddle_replay_engine::machine::loader::{self, Images};
+use heddle_replay_engine::machine::{Exit, Nobody};
 use heddle_tests::formats::mutate::mutate;
 use heddle_tests::formats::{FORMATS, Format};
 use heddle_tests::{count, root};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// Bytes of an input that are shown.
 const SHOWN_BYTES: usize = 2048;
@@ -62,6 +65,20 @@ fn what_the_encoders_make_is_taken() {
 }
 
 #[test]
+fn examples_of_elfs_have_the_symbols_of_an_architectural_test() {
+    let format = FORMATS.iter().find(|format| format.name == "elf").unwrap();
+    let mut found = 0;
+    for seed in (format.seeds)().into_iter().filter(|seed| loader::signature(seed).is_some()) {
+        let images = Images { kernel: Some(Arc::from(seed)), ..Images::default() };
+        let mut machine = loader::build(&guest::spec(), &images).unwrap();
+        while machine.run(100, &mut Nobody) == Exit::Work {}
+        assert_eq!(machine.exit_code(), Some(0), "it ends by tohost");
+        found += 1;
+    }
+    assert!(found > 0);
+}
+
+#[test]
 fn no_bytes_make_a_decoder_panic() {
     let alone: Option<u64> = std::env::var("HEDDLE_SEED").ok().map(|seed| seed.parse().unwrap());
     let all = count(3_000, 200_000);
@@ -83,6 +100,23 @@ fn nothing_and_garbage_are_refused_quietly() {
             let what = format!("{} times {:?}", bytes.len(), bytes.first());
             assert!(run(format, &what, &bytes).is_some(), "{}: {what}", format.name);
         }
+    }
+}
+
+/// In `HEDDLE_CORPUS`, a directory seen from the workspace's root; otherwise just to see that
+/// it can be done.
+#[test]
+fn seeds_are_written() {
+    let temporary = tempfile::tempdir().unwrap();
+    let given = std::env::var_os("HEDDLE_CORPUS");
+    let corpus = given.map_or_else(|| temporary.path().to_path_buf(), |dir| root().join(dir));
+    for format in FORMATS {
+        let dir = corpus.join(format.name);
+        std::fs::create_dir_all(&dir).unwrap();
+        for (i, seed) in (format.seeds)().iter().enumerate() {
+            std::fs::write(dir.join(format!("seed-{i}")), seed).unwrap();
+        }
+        assert!(std::fs::read_dir(&dir).unwrap().count() > 0, "{}: nothing to begin with", format.name);
     }
 }
 

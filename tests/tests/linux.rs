@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 use heddle_tests::lan::Neighbour;
-use heddle_tests::{Embedded, Processes, root, run};
+use heddle_tests::{Embedded, Processes, root, run, skip};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -29,7 +29,7 @@ const SNAPSHOT_EVERY: u64 = 100_000_000;
 fn boot(command: &mut Command, initrd: &str, append: &str, more: &[&str]) -> bool {
     let files = root().join("target/guests/riscv");
     if !files.join("stamp").exists() {
-        println!("skipped: {} is not there, tests/riscv-guest makes it", files.display());
+        skip(format_args!("{} is not there: tests/riscv-guest makes it", files.display()));
         return false;
     }
     command.args(["record", "builtin", "--name", "linux", "--memory", "256M", "--prompt", PROMPT]);

@@ -5,7 +5,7 @@
 //! this says so and is skipped.
 #![allow(clippy::unwrap_used)]
 
-use heddle_tests::{Embedded, root, run};
+use heddle_tests::{Embedded, root, run, skip};
 use std::process::Command;
 
 /// The initramfs's own script, without the line that starts a shell and waits for it.
@@ -56,7 +56,7 @@ fn the_same_images_print_what_they_print_on_qemu() {
     let files = root().join("target/guests/riscv");
     let has_qemu = Command::new("qemu-system-riscv64").arg("--version").output().is_ok();
     if !files.join("stamp").exists() || !has_qemu {
-        return println!("skipped: qemu-system-riscv64 or {} is not there", files.display());
+        return skip(format_args!("qemu-system-riscv64 or {} is not there", files.display()));
     }
     let mut qemu = Command::new("qemu-system-riscv64");
     qemu.args(["-M", "virt", "-m", "256M", "-icount", "shift=3,sleep=off", "-no-reboot"]);

@@ -1,7 +1,7 @@
 //! `heddle run`: bare programs, how they end, and what is said when they can't.
 #![allow(clippy::unwrap_used)]
 
-use heddle_tests::{Embedded, Said, run};
+use heddle_tests::{Embedded, Said, run, skip};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use tempfile::TempDir;
@@ -36,7 +36,7 @@ struct Assembler(TempDir);
 impl Assembler {
     fn new() -> Option<Assembler> {
         if Command::new("riscv64-unknown-elf-gcc").arg("--version").output().is_err() {
-            eprintln!("riscv64-unknown-elf-gcc is not installed: not tested");
+            skip("riscv64-unknown-elf-gcc is not installed");
             return None;
         }
         Some(Assembler(TempDir::new().unwrap()))
@@ -67,11 +67,19 @@ fn heddle(elf: &Path, more: &[&str], typed: &[u8]) -> Said {
 
 const BASE: u64 = 0x8000_0000;
 
+/// Ends by this store to the test finisher.
+fn finisher(value: u64) -> String {
+    format!("li t0, 0x100000\nli t1, {value:#x}\nsw t1, 0(t0)\nj .")
+}
+
+/// Ends by this store to `tohost`.
+fn htif(value: u64) -> String {
+    format!("la t0, tohost\nli t1, {value:#x}\nsd t1, 0(t0)\nj .\n{HTIF}")
+}
+
 #[test]
 fn the_exit_code_is_the_guests() {
     let Some(assembler) = Assembler::new() else { return };
-    let finisher = |value: u64| format!("li t0, 0x100000\nli t1, {value:#x}\nsw t1, 0(t0)\nj .");
-    let htif = |value: u64| format!("la t0, tohost\nli t1, {value:#x}\nsd t1, 0(t0)\nj .\n{HTIF}");
     let halves = format!("la t0, tohost\nli t1, 7\nsw t1, 0(t0)\nsw zero, 4(t0)\nj .\n{HTIF}");
     let lower = format!("la t0, tohost\nli t1, 9\n1: sw t1, 0(t0)\nj 1b\n{HTIF}");
     // In machine mode on hart 0, with a device tree: its magic is at a1.
@@ -83,11 +91,13 @@ fn the_exit_code_is_the_guests() {
     let cases = [
         ("pass", finisher(0x5555), 0, ""),
         ("fail", finisher(0x2a_3333), 42, ""),
-        ("large", finisher(0x1234_3333), 1, "exit code is 4660"),
+        ("large", finisher(0x1234_3333), 0x34, "exit code is 4660; ours is 52"),
         ("reset", finisher(0x7777), 0, "reset"),
         ("tohost-pass", htif(1), 0, ""),
         ("tohost-fail", htif(5 << 1 | 1), 5, ""),
-        ("tohost-large", htif(300 << 1 | 1), 1, "exit code is 300"),
+        ("tohost-large", htif(300 << 1 | 1), 44, "exit code is 300; ours is 44"),
+        ("tohost-no-low-byte", htif(256 << 1 | 1), 1, "exit code is 256; ours is 1"),
+        ("tohost-larger", htif(70_000 << 1 | 1), 255, "exit code is 70000; ours is 255"),
         ("tohost-halves", halves, 3, ""),
         ("tohost-lower-half", lower, 4, ""),
         ("entry", entry, 0, ""),
@@ -99,6 +109,40 @@ fn the_exit_code_is_the_guests() {
         assert!(ended.err.contains(said), "{name}: {}", ended.err);
         assert_eq!(ended.err.is_empty(), said.is_empty(), "{name}: {}", ended.err);
     }
+}
+
+#[test]
+fn recorded_it_ends_with_the_same_exit_code() {
+    let Some(assembler) = Assembler::new() else { return };
+    let embedded = Embedded::default();
+    let cases = [
+        ("finisher", finisher(0x2a_3333), 42, 42),
+        ("finisher-large", finisher(0x1234_3333), 0x34, 0x1234),
+        ("tohost", htif(5 << 1 | 1), 5, 5),
+        ("tohost-large", htif(300 << 1 | 1), 44, 300),
+        ("tohost-no-low-byte", htif(256 << 1 | 1), 1, 256),
+        ("tohost-larger", htif(70_000 << 1 | 1), 255, 0xffff),
+    ];
+    for (name, code, ours, guests) in cases {
+        let elf = assembler.elf(name, BASE, &code);
+        heddle(&elf, &[], b"").expect(ours);
+        let record = ["record", "builtin", "--name", name, "--kernel", elf.to_str().unwrap(), "-o", "json"];
+        let recorded = embedded.heddle(&record).expect(ours).json();
+        assert_eq!(recorded["exit_code"], guests, "{name}: {recorded}");
+    }
+}
+
+#[test]
+fn a_recording_without_a_name_is_called_by_its_id() {
+    let Some(assembler) = Assembler::new() else { return };
+    let (embedded, elf) = (Embedded::default(), assembler.elf("nameless", BASE, &finisher(0x5555)));
+    let record = ["record", "builtin", "--kernel", elf.to_str().unwrap()];
+    let first = embedded.heddle(&[&record[..], &["-o", "json"]].concat()).expect(0).json();
+    let name = first["recording"].as_str().unwrap();
+    assert_eq!(name, format!("builtin-{}", &first["id"].as_str().unwrap()[..8]));
+    let second = embedded.heddle(&record).expect(0);
+    assert!(second.err.contains("recorded builtin-") && !second.err.contains(name), "{}", second.err);
+    assert_eq!(embedded.heddle(&["replay", name, "-o", "json"]).expect(0).json()["verdict"], "match");
 }
 
 #[test]
@@ -193,9 +237,29 @@ fn a_timer_wakes_an_idle_guest_and_nothing_else_does() {
 }
 
 #[test]
+fn an_hour_of_sleep_is_recorded_and_replayed_in_a_few_instructions() {
+    let Some(assembler) = Assembler::new() else { return };
+    // By its clock the hour has passed, or it fails. Whoever waited for that would take an hour.
+    let code = format!(
+        "li t0, 0x2004000\nli t1, 36000000000\nsd t1, 0(t0)\nli t2, 128\ncsrw mie, t2\nwfi
+        li t0, 0x200bff8\nld t2, 0(t0)\nbltu t2, t1, 1f\n{}\n1: {}",
+        finisher(0x5555),
+        finisher(0x1_3333)
+    );
+    let (embedded, elf) = (Embedded::default(), assembler.elf("sleeper", BASE, &code));
+    let record = ["record", "builtin", "--name", "sleeper", "--sleep", "off", "-o", "json", "--kernel"];
+    let recorded = embedded.heddle(&[&record[..], &[elf.to_str().unwrap()]].concat()).expect(0).json();
+    let replayed = embedded.heddle(&["replay", "sleeper", "-o", "json"]).expect(0).json();
+    assert_eq!(replayed["verdict"], "match", "{replayed}");
+    for said in [recorded, replayed] {
+        assert!(said["instructions"].as_u64().unwrap() < 100, "{said}");
+        assert!(said["events"].as_u64().unwrap() < 100, "{said}");
+    }
+}
+
+#[test]
 fn as_many_harts_run_as_are_asked_for() {
     let Some(assembler) = Assembler::new() else { return };
-    let finisher = |value: u64| format!("li t0, 0x100000\nli t1, {value:#x}\nsw t1, 0(t0)\nj .");
     // Each counts itself; the first one waits for three.
     let code = format!(
         "csrr t0, mhartid\nbne t0, a0, 3f\nla t1, count\nli t2, 1\namoadd.w zero, t2, (t1)\nbeqz a0, 2f

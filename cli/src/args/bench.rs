@@ -9,7 +9,7 @@ pub struct BenchMachine {
     /// The directory that `tests/riscv-guest` makes; the rows of Linux need it.
     #[arg(long, value_name = "DIR", default_value = "target/guests/riscv")]
     pub guest: PathBuf,
-    /// Iterations of the computing guest, about 160,000 instructions each.
+    /// Iterations of the computing guest, about 213,000 instructions each.
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     pub iterations: u64,
     /// Seconds that the idle guest sleeps while it is recorded in real time.

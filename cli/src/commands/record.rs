@@ -3,7 +3,7 @@
 use super::console::{Terminal, TerminalOptions};
 use crate::args::{Format, RecordBuiltin, RecordCommon};
 use crate::cluster::Cluster;
-use crate::exit::{OK, USAGE, coded};
+use crate::exit::{OK, USAGE, coded, of_guest};
 use crate::output;
 use anyhow::{Context, Result};
 use bytes::Bytes;
@@ -37,7 +37,7 @@ pub async fn run(cluster: &Cluster, command: RecordBuiltin, format: Format) -> R
     terminal.close();
     let recorded = recorded?;
     let summary = json!({
-        "recording": command.common.name,
+        "recording": recorded.name,
         "id": recorded.id,
         "instructions": recorded.end.icount,
         "events": recorded.end.event,
@@ -48,16 +48,16 @@ pub async fn run(cluster: &Cluster, command: RecordBuiltin, format: Format) -> R
     });
     match format {
         Format::Json | Format::Yaml => output::value(format, &summary)?,
-        Format::Name => output::line(command.common.name.clone())?,
+        Format::Name => output::line(recorded.name)?,
         Format::Table | Format::Wide => eprintln!(
             "recorded {}: {} instructions, {} events, {:.1} s",
-            command.common.name,
+            recorded.name,
             output::grouped(recorded.end.icount),
             output::grouped(recorded.end.event),
             began.elapsed().as_secs_f64()
         ),
     }
-    Ok(exit_status(recorded.exit_code))
+    Ok(of_guest(recorded.exit_code))
 }
 
 /// The outbox's directory, with what a dead recorder left there delivered.
@@ -82,11 +82,6 @@ pub fn open_terminal(
         is_quiet: output::is_for_programs(format),
         outbox: outbox_dir.display().to_string(),
     })
-}
-
-/// The guest's exit code as ours: the low byte, as a process's exit status has no more.
-pub fn exit_status(code: u16) -> u8 {
-    if code == 0 { OK } else { code.to_le_bytes()[0].max(1) }
 }
 
 fn request(command: &RecordBuiltin, outbox_dir: PathBuf) -> Result<RecordRequest> {

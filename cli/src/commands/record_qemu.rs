@@ -1,9 +1,9 @@
 //! `heddle record qemu`: this process is the node that runs the user's QEMU.
 
-use super::record::{exit_status, labels, open_terminal, outbox_of};
+use super::record::{labels, open_terminal, outbox_of};
 use crate::args::{Format, RecordQemu};
 use crate::cluster::Cluster;
-use crate::exit::{INCOMPATIBLE, USAGE, coded};
+use crate::exit::{INCOMPATIBLE, USAGE, coded, of_guest};
 use crate::output;
 use anyhow::Result;
 use heddle_node::qemu::record::{QemuRequest, record};
@@ -57,7 +57,7 @@ pub async fn run(cluster: &Cluster, command: RecordQemu, format: Format) -> Resu
         cluster.store.delete(recorded.id).await?;
     }
     let summary = json!({
-        "recording": command.common.name,
+        "recording": recorded.name,
         "id": recorded.id,
         "instructions": recorded.end.icount,
         "events": recorded.end.event,
@@ -75,10 +75,10 @@ pub async fn run(cluster: &Cluster, command: RecordQemu, format: Format) -> Resu
     }
     match format {
         Format::Json | Format::Yaml => output::value(format, &summary)?,
-        Format::Name => output::line(command.common.name.clone())?,
+        Format::Name => output::line(recorded.name)?,
         Format::Table | Format::Wide => eprintln!(
             "recorded {}: {} instructions, {} events, {} snapshots, {:.1} s{}",
-            command.common.name,
+            recorded.name,
             output::grouped(recorded.end.icount),
             output::grouped(recorded.end.event),
             recorded.snapshots,
@@ -92,5 +92,5 @@ pub async fn run(cluster: &Cluster, command: RecordQemu, format: Format) -> Resu
             },
         ),
     }
-    Ok(exit_status(recorded.exit_code))
+    Ok(of_guest(recorded.exit_code))
 }

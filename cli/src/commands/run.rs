@@ -3,7 +3,7 @@
 mod signature;
 
 use crate::args::Run;
-use crate::exit::{OK, TIMEOUT, UNEXPECTED, USAGE, coded};
+use crate::exit::{OK, TIMEOUT, UNEXPECTED, USAGE, coded, of_guest};
 use anyhow::{Context, Result};
 use heddle_proto::manifest::{MachineSpec, Sleep};
 use heddle_proto::verdict::on_hart;
@@ -24,8 +24,6 @@ const SLICE: u64 = 1_000_000;
 /// Pieces of input that wait for the guest; beyond it standard input waits.
 const INPUT_PIECES: usize = 16;
 const INPUT_BYTES: usize = 256;
-/// What a process's exit status can hold.
-const EXIT_MAX: u64 = 255;
 
 /// Runs the guest; its exit code is ours.
 pub async fn run(command: Run) -> Result<u8> {
@@ -163,10 +161,11 @@ fn ending(machine: &mut Machine) -> Result<u8> {
         eprintln!("heddle: the guest asked for a reset, which ends the run");
     }
     let code = machine.exit_code().unwrap_or(0);
-    if code > EXIT_MAX {
-        eprintln!("heddle: the guest's exit code is {code}; ours is 1");
+    let ours = of_guest(machine.shutdown().unwrap_or(0));
+    if code != u64::from(ours) {
+        eprintln!("heddle: the guest's exit code is {code}; ours is {ours}");
     }
-    Ok(u8::try_from(code).unwrap_or(UNEXPECTED))
+    Ok(ours)
 }
 
 /// Where the guest is, for people.

@@ -49,8 +49,8 @@ const NO_STOP: u16 = u16::MAX;
 
 /// What to record.
 pub struct QemuRequest {
-    /// The recording's name.
-    pub name: String,
+    /// The recording's name; without one, it is called by its id.
+    pub name: Option<String>,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
     /// The user's command line, taken apart by [`plan`].
@@ -70,6 +70,8 @@ pub struct QemuRequest {
 pub struct QemuRecorded {
     /// Its id.
     pub id: RecordingId,
+    /// Its name.
+    pub name: String,
     /// Where it ended.
     pub end: Position,
     /// Digest of the last state; `None` when QEMU was killed or left at once.
@@ -157,7 +159,7 @@ async fn prepare(store: &StoreClient, request: &QemuRequest) -> Result<Manifest>
     let manifest = Manifest {
         version: MANIFEST_VERSION,
         id,
-        name: request.name.clone(),
+        name: request.name.clone().unwrap_or_else(|| format!("qemu-{}", id.short())),
         labels: request.labels.clone(),
         created_unix_ms: created.as_millis() as u64,
         build: build.name.clone(),
@@ -188,7 +190,7 @@ pub async fn record(
          --snapshot-every, and let `heddle index` make snapshots afterwards"
     );
     let manifest = prepare(store, &request).await?;
-    let id = manifest.id;
+    let (id, name) = (manifest.id, manifest.name.clone());
     let mut live =
         Live::open(store, &manifest, &request.outbox_dir, request.outbox_bytes, &watermarks).await?;
     let stop = Arc::new(AtomicU16::new(NO_STOP));
@@ -289,6 +291,7 @@ pub async fn record(
     live.seal(done.is_cut, || drop(std::fs::remove_file(&ring))).await?;
     Ok(QemuRecorded {
         id,
+        name,
         end: done.end,
         digest: done.digest,
         exit_code: done.exit_code,

@@ -1,10 +1,11 @@
 //! What the built-in machine is loaded and restored from.
 
-use super::{Blocks, join, split};
+use super::{Blocks, elf, join, split};
 use heddle_proto::manifest::{Device, Image, MachineSpec};
 use heddle_proto::{AsyncEvent, Hash, QemuEvent};
 use heddle_replay_engine::checks::Checks;
 use heddle_replay_engine::guest;
+use heddle_replay_engine::machine::fdt;
 use heddle_replay_engine::machine::hart::Hart;
 use heddle_replay_engine::machine::loader::{self, Images};
 use heddle_replay_engine::machine::ram::Ram;
@@ -43,17 +44,53 @@ pub(super) fn image_of(name: &str, bytes: &[u8]) -> (Image, Vec<Vec<u8>>) {
     (image, vec![bytes.to_vec(), list, top])
 }
 
+/// Firmware to put a kernel behind: it goes nowhere.
+const FIRMWARE: [u8; 4] = 0x0000_006f_u32.to_le_bytes();
+/// More than the reset vector and the small example have.
+const INSTRUCTIONS: u64 = 100;
+
 pub(super) fn check_elf(bytes: &[u8]) -> bool {
+    let file: Arc<[u8]> = Arc::from(bytes);
     // As firmware, a file that is no ELF is raw; behind it lies a kernel.
-    let firmware = Images { bios: Some(Arc::from(bytes)), ..images(guest::LOOM_ELF) };
+    let firmware = Images { bios: Some(file.clone()), ..images(guest::LOOM_ELF) };
     let _ = loader::build(&spec(), &firmware);
-    let Ok(machine) = loader::build(&spec(), &images(bytes)) else { return false };
+    // As a kernel behind firmware, its entry says where an initial RAM disk lies: any bytes are one.
+    let kernel = Images { bios: Some(Arc::from(FIRMWARE)), initrd: Some(file), ..images(bytes) };
+    let _ = loader::build(&spec(), &kernel);
+    assert!(loader::signature(bytes).is_none_or(|results| results.start <= results.end));
+    let Ok(mut machine) = loader::build(&spec(), &images(bytes)) else { return false };
+    // Its symbols say what a store to `tohost` does.
+    while machine.run(INSTRUCTIONS, &mut Nobody) == Exit::Work {}
     let _ = machine.instruction_at(machine.hart().pc);
     true
 }
 
 pub(super) fn elf_seeds() -> Vec<Vec<u8>> {
-    vec![guest::LOOM_ELF.to_vec()]
+    // The last one leaves room for firmware.
+    vec![guest::LOOM_ELF.to_vec(), elf::test_at(RAM_BASE), elf::test_at(RAM_BASE + (2 << 20))]
+}
+
+/// A guest gets the device tree as it is: the machine reads nothing but its head.
+pub(super) fn check_device_tree(bytes: &[u8]) -> bool {
+    let images = Images { dtb: Some(Arc::from(bytes)), ..images(guest::LOOM_ELF) };
+    let built = loader::build(&spec(), &images);
+    let Ok(tree) = loader::device_tree(&spec(), &images) else {
+        assert!(built.is_err(), "there is one rule");
+        return false;
+    };
+    // What follows it in the file is left out.
+    assert!(bytes.starts_with(&tree));
+    assert_eq!(fdt::check(&tree), Ok(&tree[..]));
+    built.is_ok()
+}
+
+pub(super) fn device_tree_seeds() -> Vec<Vec<u8>> {
+    let tree = |harts: u32, append: &str| {
+        let spec = MachineSpec { harts, append: append.into(), ..spec() };
+        let images = Images { initrd: Some(Arc::from([7; 100])), ..images(guest::LOOM_ELF) };
+        loader::device_tree(&spec, &images).expect("the bundled guest fits")
+    };
+    vec![tree(1, ""), [tree(3, "console=ttyS0"), vec![0; 64]].concat()]
 }
 
 /// A snapshot at power-on of so many harts, and its blocks, the root first.

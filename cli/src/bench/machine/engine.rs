@@ -61,7 +61,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// So many iterations of integer work, about 160,000 instructions each.
+    /// So many iterations of integer work, about 213,000 instructions each.
     pub fn compute(iterations: u64) -> Guest {
         Guest::own("compute guest", Parameters { iterations, ..Default::default() })
     }
@@ -242,7 +242,7 @@ impl Recorder {
     fn request(&self, guest: &Guest, name: &str, sleep: Sleep, snapshot_every: u64) -> RecordRequest {
         RecordRequest {
             harts: 1,
-            name: name.into(),
+            name: Some(name.into()),
             labels: BTreeMap::new(),
             memory_bytes: guest.memory_bytes,
             shift: guest.shift,
