@@ -3,6 +3,8 @@
 
 mod leaves;
 
+pub use leaves::leaf_values;
+
 use crate::checks::Checks;
 use crate::machine::Machine;
 use crate::machine::ram::PAGE;

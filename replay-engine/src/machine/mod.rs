@@ -30,6 +30,7 @@ pub mod ram;
 mod rom;
 mod rtc;
 mod run;
+mod shown;
 mod slots;
 mod uart;
 mod view;

@@ -1,10 +1,14 @@
 //! The leaves of the state tree: every hart, every device and every scalar, by name.
+//!
+//! One list says what they are, for all that is made of them: their bytes, which digests and
+//! snapshots have, and their values, for people.
 
 use super::{Rest, decode, encode};
 use crate::machine::hart::{Hart, TLB_ENTRIES};
 use crate::machine::harts::Turn;
 use crate::machine::{BottomHalf, Card, Machine, VirtualClock};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// Scalars of the machine that belong to no device.
 #[derive(Serialize, Deserialize)]
@@ -21,8 +25,83 @@ pub(super) fn of_hart(count: usize, number: usize) -> String {
     if count == 1 { "hart".into() } else { format!("hart-{number}") }
 }
 
+/// What is made of a leaf.
+trait Form {
+    type Made;
+
+    fn part<T: Serialize>(part: &T) -> Self::Made;
+
+    fn hart(hart: &Hart) -> Self::Made {
+        Self::part(hart)
+    }
+
+    fn card(card: &Card) -> Self::Made {
+        Self::part(card)
+    }
+}
+
+/// Its bytes.
+enum Encoded {}
+
+impl Form for Encoded {
+    type Made = Vec<u8>;
+
+    fn part<T: Serialize>(part: &T) -> Vec<u8> {
+        encode(part)
+    }
+}
+
+/// Its value.
+enum Shown {}
+
+impl Form for Shown {
+    type Made = Value;
+
+    fn part<T: Serialize>(part: &T) -> Value {
+        serde_json::to_value(part).expect("plain data has a value")
+    }
+
+    /// Whose numbers are registers, and so text.
+    fn hart(hart: &Hart) -> Value {
+        let mut value = Self::part(hart);
+        put_in_hex(&mut value);
+        value
+    }
+
+    /// Without its kind, which the leaf's name says.
+    fn card(card: &Card) -> Value {
+        match card {
+            Card::Net(net) => Self::part(net),
+            Card::Rng(rng) => Self::part(rng),
+            Card::Console(console) => Self::part(console),
+        }
+    }
+}
+
+fn put_in_hex(value: &mut Value) {
+    match value {
+        Value::Number(number) => {
+            if let Some(bits) = number.as_u64() {
+                *value = Value::String(format!("{bits:#x}"));
+            }
+        }
+        Value::Array(list) => list.iter_mut().for_each(put_in_hex),
+        Value::Object(fields) => fields.values_mut().for_each(put_in_hex),
+        Value::Null | Value::Bool(_) | Value::String(_) => {}
+    }
+}
+
 /// All of them, encoded.
 pub(super) fn encoded(machine: &Machine, rest: &Rest) -> Vec<(String, Vec<u8>)> {
+    all::<Encoded>(machine, rest)
+}
+
+/// The values of all of them, by name.
+pub fn leaf_values(machine: &Machine, rest: &Rest) -> Vec<(String, Value)> {
+    all::<Shown>(machine, rest)
+}
+
+fn all<F: Form>(machine: &Machine, rest: &Rest) -> Vec<(String, F::Made)> {
     let scalars = Scalars {
         icount: machine.icount,
         shutdown: machine.shutdown,
@@ -30,28 +109,28 @@ pub(super) fn encoded(machine: &Machine, rest: &Rest) -> Vec<(String, Vec<u8>)> 
         next_bottom_half: machine.next_bottom_half,
         next_request: machine.next_request,
     };
-    let mut leaves: Vec<(String, Vec<u8>)> = vec![];
+    let mut leaves = vec![];
     for (number, hart) in machine.all_harts().enumerate() {
-        leaves.push((of_hart(machine.hart_count(), number), encode(hart)));
+        leaves.push((of_hart(machine.hart_count(), number), F::hart(hart)));
     }
     if let Some(turn) = machine.turn() {
-        leaves.push(("turn".into(), encode(&turn)));
+        leaves.push(("turn".into(), F::part(&turn)));
     }
     let others = [
-        ("clint", encode(&machine.clint)),
-        ("plic", encode(&machine.plic)),
-        ("uart", encode(&machine.uart)),
-        ("rtc", encode(&machine.rtc)),
-        ("clock", encode(&machine.clock)),
-        ("timers", encode(&machine.timers)),
-        ("machine", encode(&scalars)),
-        ("rest", encode(rest)),
+        ("clint", F::part(&machine.clint)),
+        ("plic", F::part(&machine.plic)),
+        ("uart", F::part(&machine.uart)),
+        ("rtc", F::part(&machine.rtc)),
+        ("clock", F::part(&machine.clock)),
+        ("timers", F::part(&machine.timers)),
+        ("machine", F::part(&scalars)),
+        ("rest", F::part(rest)),
     ];
-    leaves.extend(others.map(|(name, bytes)| (name.to_string(), bytes)));
+    leaves.extend(others.map(|(name, made)| (name.to_string(), made)));
     for (i, drive) in machine.drives.iter().enumerate() {
-        leaves.push((format!("virtio-block-{i}"), encode(&drive.controller)));
+        leaves.push((format!("virtio-block-{i}"), F::part(&drive.controller)));
     }
-    leaves.extend(machine.cards.iter().map(|card| (card.name().into(), encode(card))));
+    leaves.extend(machine.cards.iter().map(|card| (card.name().to_string(), F::card(card))));
     leaves
 }
 
