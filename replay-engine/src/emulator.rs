@@ -12,7 +12,7 @@ use crate::page_tree::BlockSource;
 use crate::queue::AsyncQueue;
 use crate::recorder::Recorder;
 use crate::replayer::{ReplayEnd, Replayer};
-use crate::state::{COVERAGE, Rest, Snapshot, StateTree};
+use crate::state::{COVERAGE, Rest, Snapshot, StateTree, leaf_values};
 use crate::timer::{TimerClock, TimerId};
 use crate::warp::Warp;
 use heddle_proto::manifest::{Positions, Sleep};
@@ -21,6 +21,7 @@ use heddle_proto::{
     AsyncEvent, Body, CheckpointKind, ClockKind, Divergence, DivergenceKind, Event, Hash, Outcome, Position,
     QemuEvent, Verdict,
 };
+use serde_json::Value;
 
 /// The real world, as a recording sees it.
 pub trait World {
@@ -151,6 +152,11 @@ impl Emulator {
     pub fn leaves(&mut self) -> Vec<(String, Hash)> {
         self.digest();
         self.tree.leaf_hashes(&self.machine, &self.rest)
+    }
+
+    /// The values of those that are no memory: harts, devices, timers.
+    pub fn leaf_values(&self) -> Vec<(String, Value)> {
+        leaf_values(&self.machine, &self.rest)
     }
 
     /// A snapshot of the state now, without a mark in the log: the new blocks since the last.

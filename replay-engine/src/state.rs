@@ -1,11 +1,13 @@
 //! The whole state as a tree: RAM, overlays, and a named leaf for each device.
 //! Its root is the digest; its blocks are a snapshot.
 
+mod leaves;
+
+pub use leaves::leaf_values;
+
 use crate::checks::Checks;
-use crate::machine::hart::{Hart, TLB_ENTRIES};
-use crate::machine::harts::Turn;
+use crate::machine::Machine;
 use crate::machine::ram::PAGE;
-use crate::machine::{BottomHalf, Card, Machine, VirtualClock};
 use crate::page_tree::{BlockSource, PageTree, page_hash};
 use crate::warp::Warp;
 use heddle_proto::{Hash, Position};
@@ -91,16 +93,6 @@ pub struct Rest {
     pub is_started: bool,
 }
 
-/// Scalars of the machine that belong to no device.
-#[derive(Serialize, Deserialize)]
-struct Scalars {
-    icount: u64,
-    shutdown: Option<u16>,
-    bottom_halves: Vec<BottomHalf>,
-    next_bottom_half: u64,
-    next_request: u64,
-}
-
 impl StateTree {
     /// The tree of `machine`, all of whose pages that were ever written are looked at.
     pub fn new(machine: &Machine) -> StateTree {
@@ -114,7 +106,7 @@ impl StateTree {
     /// The digest of the state now. Only what was written since the last call is rehashed.
     pub fn digest(&mut self, machine: &mut Machine, rest: &Rest) -> Hash {
         self.update(machine);
-        self.root(&leaves(machine, rest))
+        self.root(&leaves::encoded(machine, rest))
     }
 
     fn update(&mut self, machine: &mut Machine) {
@@ -145,14 +137,14 @@ impl StateTree {
     /// update.
     pub fn leaf_hashes(&self, machine: &Machine, rest: &Rest) -> Vec<(String, Hash)> {
         let disks = self.disks.iter().enumerate().map(|(i, disk)| (format!("disk-{i}"), disk.root()));
-        let named = leaves(machine, rest).into_iter().map(|(name, bytes)| (name, Hash::of(&bytes)));
+        let named = leaves::encoded(machine, rest).into_iter().map(|(name, bytes)| (name, Hash::of(&bytes)));
         std::iter::once(("ram".to_string(), self.ram.root())).chain(disks).chain(named).collect()
     }
 
     /// A snapshot of the state now. Changes nothing that the guest can see.
     pub fn snapshot(&mut self, machine: &mut Machine, rest: &Rest, checks: Checks, event: u64) -> Snapshot {
         self.update(machine);
-        let leaves = leaves(machine, rest);
+        let leaves = leaves::encoded(machine, rest);
         let digest = self.root(&leaves);
         let position = Position { icount: machine.icount, event };
         let mut blocks = vec![];
@@ -223,7 +215,7 @@ impl StateTree {
         if harts != count {
             return Err(format!("harts of the snapshot: {harts}; of the manifest's machine: {count}"));
         }
-        let rest = put_leaves(machine, &snapshot.leaves)?;
+        let rest = leaves::put(machine, &snapshot.leaves)?;
         let halves_agree = machine.bottom_halves.iter().all(|half| machine.has_queue(half));
         // A kick is of the hart whose turn it is: no other would ever take it.
         let parked_kicks = machine.all_harts().filter(|hart| hart.kick_pending).count();
@@ -238,7 +230,7 @@ impl StateTree {
         }
         machine.refresh();
         let tree = StateTree { ram, disks };
-        if tree.root(&leaves(machine, &rest)) != snapshot.digest {
+        if tree.root(&leaves::encoded(machine, &rest)) != snapshot.digest {
             return Err("the restored state does not have the snapshot's digest".into());
         }
         Ok(Restored {
@@ -264,11 +256,11 @@ impl StateTree {
                 out.push(format!("disk {i} block {block}"));
             }
         }
-        let (a, b) = (leaves(machines[0], rests[0]), leaves(machines[1], rests[1]));
+        let (a, b) = (leaves::encoded(machines[0], rests[0]), leaves::encoded(machines[1], rests[1]));
         let [hart, other] = machines.map(|machine| &machine.hart);
         let registers_equal = hart.x == other.x && hart.pc == other.pc && hart.f == other.f;
         let is_same_turn = machines[0].current_hart() == machines[1].current_hart();
-        let current = hart_leaf(machines[0].hart_count(), machines[0].current_hart());
+        let current = leaves::of_hart(machines[0].hart_count(), machines[0].current_hart());
         for ((name, _), _) in a.iter().zip(&b).filter(|(a, b)| a.1 != b.1) {
             if is_same_turn && *name == current {
                 // Registers are named one by one, by who has both values; of a hart this is the rest.
@@ -307,110 +299,4 @@ fn encode<T: Serialize>(value: &T) -> Vec<u8> {
 
 fn decode<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T, String> {
     postcard::from_bytes(bytes).map_err(|error| format!("{what} does not decode: {error}"))
-}
-
-/// The leaf of a hart. One that is alone has no number.
-fn hart_leaf(count: usize, number: usize) -> String {
-    if count == 1 { "hart".into() } else { format!("hart-{number}") }
-}
-
-/// The named leaves: every hart, every device and every scalar.
-fn leaves(machine: &Machine, rest: &Rest) -> Vec<(String, Vec<u8>)> {
-    let scalars = Scalars {
-        icount: machine.icount,
-        shutdown: machine.shutdown,
-        bottom_halves: machine.bottom_halves.clone(),
-        next_bottom_half: machine.next_bottom_half,
-        next_request: machine.next_request,
-    };
-    let mut leaves: Vec<(String, Vec<u8>)> = vec![];
-    for (number, hart) in machine.all_harts().enumerate() {
-        leaves.push((hart_leaf(machine.hart_count(), number), encode(hart)));
-    }
-    if let Some(turn) = machine.turn() {
-        leaves.push(("turn".into(), encode(&turn)));
-    }
-    let others = [
-        ("clint", encode(&machine.clint)),
-        ("plic", encode(&machine.plic)),
-        ("uart", encode(&machine.uart)),
-        ("rtc", encode(&machine.rtc)),
-        ("clock", encode(&machine.clock)),
-        ("timers", encode(&machine.timers)),
-        ("machine", encode(&scalars)),
-        ("rest", encode(rest)),
-    ];
-    leaves.extend(others.map(|(name, bytes)| (name.to_string(), bytes)));
-    for (i, drive) in machine.drives.iter().enumerate() {
-        leaves.push((format!("virtio-block-{i}"), encode(&drive.controller)));
-    }
-    leaves.extend(machine.cards.iter().map(|card| (card.name().into(), encode(card))));
-    leaves
-}
-
-fn put_leaves(machine: &mut Machine, leaves: &[(String, Vec<u8>)]) -> Result<Rest, String> {
-    let (mut rest, mut turn) = (None, None);
-    let count = machine.hart_count();
-    let harts: Vec<String> = (0..count).map(|number| hart_leaf(count, number)).collect();
-    for (name, bytes) in leaves {
-        if let Some(number) = harts.iter().position(|hart| hart == name) {
-            put_hart(machine, number, name, bytes)?;
-            continue;
-        }
-        match name.as_str() {
-            "turn" if count > 1 => turn = Some(decode::<Turn>(name, bytes)?),
-            "clint" => machine.clint = decode(name, bytes)?,
-            "plic" => machine.plic = decode(name, bytes)?,
-            "uart" => machine.uart = decode(name, bytes)?,
-            "rtc" => machine.rtc = decode(name, bytes)?,
-            "clock" => {
-                let clock: VirtualClock = decode(name, bytes)?;
-                machine.clock = clock;
-            }
-            "timers" => machine.timers = decode(name, bytes)?,
-            "machine" => {
-                let scalars: Scalars = decode(name, bytes)?;
-                machine.icount = scalars.icount;
-                machine.shutdown = scalars.shutdown;
-                machine.bottom_halves = scalars.bottom_halves;
-                machine.next_bottom_half = scalars.next_bottom_half;
-                machine.next_request = scalars.next_request;
-            }
-            "rest" => rest = Some(decode(name, bytes)?),
-            _ => put_virtio_leaf(machine, name, bytes)?,
-        }
-    }
-    if count > 1 {
-        // Behind the icount and the harts, whose turn it must be.
-        machine.set_turn(turn.ok_or("snapshot lacks the leaf turn")?)?;
-    }
-    rest.ok_or_else(|| "snapshot lacks the leaf rest".into())
-}
-
-fn put_hart(machine: &mut Machine, number: usize, name: &str, bytes: &[u8]) -> Result<(), String> {
-    let hart: Hart = decode(name, bytes)?;
-    if hart.tlb.len() != TLB_ENTRIES {
-        return Err("snapshot's TLB has another size".into());
-    }
-    if hart.pc % 2 != 0 {
-        return Err(format!("{name} is at an odd pc, {:#x}", hart.pc));
-    }
-    *machine.hart_at_mut(number).ok_or_else(|| format!("no {name} here"))? = hart;
-    Ok(())
-}
-
-fn put_virtio_leaf(machine: &mut Machine, name: &str, bytes: &[u8]) -> Result<(), String> {
-    let is_whole = if let Some(card) = machine.cards.iter_mut().find(|card| card.name() == name) {
-        let restored: Card = decode(name, bytes)?;
-        let is_whole = restored.is_like(card);
-        *card = restored;
-        is_whole
-    } else {
-        let slot = name.strip_prefix("virtio-block-").and_then(|n| n.parse::<usize>().ok());
-        let drive = slot.and_then(|slot| machine.drives.get_mut(slot));
-        let drive = drive.ok_or_else(|| format!("snapshot has an unknown leaf {name}"))?;
-        drive.controller = decode(name, bytes)?;
-        drive.controller.is_whole()
-    };
-    is_whole.then_some(()).ok_or_else(|| format!("the leaf {name} is another device's"))
 }

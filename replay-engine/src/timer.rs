@@ -1,6 +1,6 @@
 //! Timers, one list per clock.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 /// The clocks that timers can stand on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +29,7 @@ pub enum TimerId {
 /// Armed timers. Few, so each list is a sorted vector.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timers {
+    #[serde(serialize_with = "by_clock")]
     lists: [Vec<(i64, TimerId)>; 3],
 }
 
@@ -60,4 +61,13 @@ impl Timers {
             id
         })
     }
+}
+
+/// To people, the lists by the names of their clocks: pairs of a deadline, and whose it is.
+fn by_clock<S: Serializer>(lists: &[Vec<(i64, TimerId)>; 3], serializer: S) -> Result<S::Ok, S::Error> {
+    if !serializer.is_human_readable() {
+        return lists.serialize(serializer);
+    }
+    let clocks = [TimerClock::Virtual, TimerClock::Host, TimerClock::VirtualRt];
+    serializer.collect_map(clocks.into_iter().zip(lists))
 }

@@ -2,12 +2,13 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use heddle_proto::manifest::{Positions, Sleep};
-use heddle_proto::{Event, Hash, Position};
+use heddle_proto::{AsyncEvent, Body, Event, Hash, Position};
 use heddle_replay_engine::debugger::{AccessKind, Found, Origin, Points, Session, Stop, Watchpoint};
 use heddle_replay_engine::machine::Machine;
 use heddle_replay_engine::page_tree::BlockSource;
 use heddle_replay_engine::schedule::{self, Seeded};
 use heddle_replay_engine::{AsyncQueue, Build, Emulator, LogEnd, Replayer, guest};
+use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 const ROUNDS: u64 = 2;
@@ -117,6 +118,82 @@ fn any_icount_in_any_order_is_what_a_straight_replay_has_there() {
         let named: Vec<String> = session.leaves().into_iter().map(|(name, _)| name).collect();
         assert!(["ram", "disk-0", "hart", "clint"].iter().all(|leaf| named.iter().any(|n| n == leaf)));
     }
+}
+
+/// What `0x...` says.
+fn number(value: &Value) -> u64 {
+    u64::from_str_radix(value.as_str().unwrap().strip_prefix("0x").unwrap(), 16).unwrap()
+}
+
+/// What must hold between the leaves of any state; the deadline that the CLINT has armed.
+fn check_leaves(session: &mut Session) -> (BTreeMap<String, Value>, Option<i64>) {
+    let leaves: BTreeMap<String, Value> = session.leaf_values().into_iter().collect();
+    let named = session.leaves().into_iter().map(|(name, _)| name);
+    let with_values: BTreeSet<String> = named.filter(|name| name != "ram" && name != "disk-0").collect();
+    assert!(leaves.keys().eq(&with_values), "{leaves:?}");
+    let machine = session.machine();
+    let clock = &leaves["clock"];
+    let now = (machine.icount() << clock["shift"].as_u64().unwrap()) as i64 + clock["bias"].as_i64().unwrap();
+    assert_eq!(now, machine.virtual_now());
+    assert_eq!(leaves["machine"]["icount"], machine.icount());
+    assert_eq!(number(&leaves["hart"]["pc"]), machine.hart().pc);
+    assert_eq!(number(&leaves["hart"]["x"][2]), machine.hart().x[2]);
+    // What was popped is in flight, or was given back.
+    let disk = &leaves["virtio-block-0"];
+    let queue = &disk["transport"]["queues"][0];
+    let in_flight = disk["in_flight"].as_array().unwrap().len() as u64;
+    let given_back = queue["next_used"].as_u64().unwrap();
+    assert_eq!(queue["next_available"], given_back + in_flight);
+    assert_eq!(queue["next_available"], leaves["machine"]["next_request"]);
+    let armed = leaves["timers"]["lists"]["Virtual"].as_array().unwrap().first().map(|timer| {
+        let deadline = timer[0].as_i64().unwrap();
+        assert_eq!(timer[1], json!({ "Clint": 0 }));
+        assert_eq!(number(&leaves["clint"]["harts"][0]["mtimecmp"]) * 100, deadline as u64);
+        deadline
+    });
+    (leaves, armed)
+}
+
+#[test]
+fn the_leaves_of_a_state_say_what_devices_hold() {
+    let (mut in_flight, mut typed, mut armed) = (0, 0, 0);
+    for seed in 1..=4 {
+        let recorded = record(seed, 0);
+        let mut session = session(&recorded);
+        for event in &recorded.events {
+            let Body::Async(event_of) = &event.body else { continue };
+            session.goto(event.icount).unwrap();
+            let (leaves, deadline) = check_leaves(&mut session);
+            armed += usize::from(deadline.is_some());
+            match event_of {
+                // It may be popped, and complete, at one icount.
+                AsyncEvent::Block { id } => {
+                    let requests = leaves["virtio-block-0"]["in_flight"].as_array().unwrap().iter();
+                    in_flight += requests.filter(|request| request["id"] == *id).count();
+                }
+                AsyncEvent::Char { data } => {
+                    session.settle();
+                    let (leaves, _) = check_leaves(&mut session);
+                    let part = |name: &str| leaves["uart"][name].as_str().unwrap();
+                    let waiting = format!("{}{}", part("fifo"), part("backlog"));
+                    let digits: String = data.iter().map(|byte| format!("{byte:02x}")).collect();
+                    assert!(waiting.contains(&digits), "{digits} in {waiting}");
+                    typed += 1;
+                }
+                AsyncEvent::BottomHalf { id } => {
+                    let mut pending = leaves["machine"]["bottom_halves"].as_array().unwrap().iter();
+                    assert!(pending.any(|half| half["id"] == *id), "{leaves:?}");
+                }
+            }
+        }
+        session.goto(recorded.end).unwrap();
+        let (leaves, _) = check_leaves(&mut session);
+        assert_eq!(leaves["plic"]["contexts"][0]["enable"], json!([1, 10]));
+        assert_eq!(leaves["plic"]["priority"], json!({ "1": 1, "10": 1 }));
+        assert_eq!((&leaves["uart"]["ier"], &leaves["uart"]["fifo_on"]), (&json!("0x1"), &json!(true)));
+        assert_eq!(leaves["virtio-block-0"]["transport"]["queues"][0]["size"], 8);
+    }
+    assert!(in_flight > 0 && typed > 0 && armed > 0, "{in_flight} {typed} {armed}");
 }
 
 #[test]

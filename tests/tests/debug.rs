@@ -3,7 +3,7 @@
 
 use heddle_replay_engine::BUILTIN;
 use heddle_tests::{Processes, run};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 
@@ -262,7 +262,70 @@ async fn gdb_sees_each_hart_as_a_thread() {
     assert!(at[0] < at[1] && at[2] == at[1] - 1, "{said}");
     assert!(said.contains(": pc 0x80000008 on hart "), "{said}");
     drop(session);
+    each_hart_has_its_state(&p).await;
     p.cluster.stop().await;
+}
+
+/// Of a recording of [`TAKING_TURNS`] on three harts.
+async fn each_hart_has_its_state(p: &Processes) {
+    let current = state(p, 1000, &[]).await;
+    let turn = current["turn"].as_u64().unwrap();
+    assert_eq!(current["hart"], turn);
+    for hart in 0..3usize {
+        let number = hart.to_string();
+        let shown = state(p, 1000, &["--hart", &number]).await;
+        assert_eq!((&shown["hart"], &shown["turn"]), (&json!(hart), &json!(turn)));
+        assert_eq!((&shown["digest"], &shown["leaves"]), (&current["digest"], &current["leaves"]));
+        assert_eq!(register(&shown, "registers", "a0"), format!("{hart:#x}"));
+        let place = &shown["harts"][hart];
+        assert_eq!((&place["pc"], &place["mode"]), (&shown["pc"], &shown["mode"]));
+        let leaf = &shown["leaves"][format!("hart-{hart}")]["value"];
+        assert_eq!((&leaf["pc"], &leaf["x"][10]), (&shown["pc"], &json!(format!("{hart:#x}"))));
+        if hart as u64 == turn {
+            assert_eq!(shown["registers"], current["registers"]);
+        }
+        // Whoever it is runs in machine mode.
+        let code = ["--hart", &number, "--memory", "0x80000000:8", "--virtual"];
+        assert_eq!(state(p, 1000, &code).await["memory"]["bytes"], "732540f193821200");
+        let table = p.heddle(&["state", NAME, "--at", "1000", "--hart", &number]).await.expect(0).out;
+        assert!(table.contains(&format!(", machine mode on hart {hart}\n")), "{table}");
+        assert!(
+            table.contains(&format!("  hart {turn}  pc ")) && table.contains(", has the turn"),
+            "{table}"
+        );
+    }
+    let refused = p.heddle(&["state", NAME, "--at", "1000", "--hart", "3"]).await.expect(2).err;
+    assert!(refused.contains("--hart 3: the recording's machine has 3 harts, numbers 0 to 2"), "{refused}");
+}
+
+/// The leaves of a state of the bundled guest, behind its beginning.
+fn check_leaves(state: &Value) {
+    let leaves = &state["leaves"];
+    for (name, leaf) in leaves.as_object().unwrap() {
+        assert_eq!(leaf["hash"].as_str().unwrap().len(), 64, "{name}");
+        let is_memory = name == "ram" || name == "disk-0";
+        assert_eq!(leaf.get("value").is_none(), is_memory, "{name}");
+    }
+    let value = |name: &str| &leaves[name]["value"];
+    let icount = state["icount"].as_i64().unwrap();
+    assert_eq!(value("machine")["icount"], icount);
+    let clock = value("clock");
+    let virtual_ns = (icount << clock["shift"].as_u64().unwrap()) + clock["bias"].as_i64().unwrap();
+    assert_eq!(state["virtual_ns"], virtual_ns);
+    assert!(value("clint")["harts"][0]["mtimecmp"].as_str().unwrap().starts_with("0x"));
+    assert_eq!(value("plic")["contexts"][0], json!({ "enable": [1, 10], "threshold": 0 }));
+    assert!(value("plic")["pending"].is_array() && value("rtc")["irq_pending"].is_boolean());
+    assert_eq!((&value("uart")["fifo"], &value("uart")["fifo_on"]), (&json!(""), &json!(true)));
+    let disk = value("virtio-block-0");
+    let queue = &disk["transport"]["queues"][0];
+    let in_flight = disk["in_flight"].as_array().unwrap().len() as u64;
+    assert_eq!((&queue["size"], &queue["is_ready"]), (&json!(8), &json!(true)));
+    assert_eq!(queue["next_available"], queue["next_used"].as_u64().unwrap() + in_flight);
+    assert_eq!(queue["next_available"], value("machine")["next_request"]);
+    assert!(queue["next_available"].as_u64() > Some(0), "{queue}");
+    assert!(queue["descriptors"].as_str().unwrap().starts_with("0x80"), "{queue}");
+    assert_eq!(value("hart")["pc"], state["pc"]);
+    assert_eq!(value("hart")["x"][2], register(state, "registers", "sp"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -280,9 +343,21 @@ async fn a_state_is_the_replays_and_a_part_is_judged_alone() {
     let same = state(&p, snapshot.icount, &["--memory", "0x80000000:32", "--virtual"]).await;
     assert_eq!(same["memory"]["bytes"], shown["memory"]["bytes"]);
     assert_eq!(shown["memory"]["bytes"].as_str().unwrap().len(), 64);
+    check_leaves(&shown);
     let table = p.heddle(&["state", NAME, "--at", "1000", "--memory", "0x80000000:16"]).await.expect(0).out;
     assert!(table.contains("at icount 1,000, event ") && table.contains("mstatus"), "{table}");
-    assert!(table.contains("0000000080000000  "), "{table}");
+    assert!(table.contains("0000000080000000  ") && !table.contains("mtimecmp"), "{table}");
+    assert!(table.contains("\n  virtual clock "), "{table}");
+    let table = p.heddle(&["state", NAME, "--at", "1000", "--leaves"]).await.expect(0).out;
+    for held in ["{\"harts\":[{\"msip\":", "\"mtimecmp\":\"0x", "\"next_available\":", "\"fifo\":\"\""] {
+        assert!(table.contains(held), "{held}: {table}");
+    }
+    // One hart has no number in reports, but is one.
+    let alone = state(&p, 1000, &["--hart", "0"]).await;
+    assert!(alone["hart"].is_null() && alone["virtual_ns"].is_i64(), "{alone}");
+    assert_eq!(alone, state(&p, 1000, &[]).await);
+    let refused = p.heddle(&["state", NAME, "--at", "1000", "--hart", "1"]).await.expect(2).err;
+    assert!(refused.contains("has one hart, number 0"), "{refused}");
     for wrong in [["--memory", "0:16"], ["--memory", "0x80000000:0"]] {
         p.heddle(&[&["state", NAME, "--at", "1000"], &wrong[..]].concat()).await.expect(2);
     }

@@ -50,6 +50,24 @@ fn explore() {
         ..guest::spec()
     };
     let mut bare = Bare::new(loader::build(&spec, &images).unwrap(), EPOCH_NS);
+    if let Ok(upto) = std::env::var("TRACE") {
+        let upto: u64 = upto.parse().unwrap();
+        while bare.machine().icount() < upto {
+            let m = bare.machine();
+            let pc = m.hart().pc;
+            let mut bits = [0; 4];
+            m.peek(pc, &mut bits);
+            let bits = u32::from_le_bytes(bits);
+            let is_time = bits & 0x7f == 0x73 && bits >> 20 == 0xc01 && bits >> 12 & 7 != 0;
+            let at = m.icount();
+            bare.run(at + 1);
+            let m = bare.machine();
+            if is_time {
+                println!("time at {at} faults {} pc {pc:#x} rd x{} = {}", m.faults(), bits >> 7 & 31, m.hart().x[(bits >> 7 & 31) as usize]);
+            }
+        }
+        return;
+    }
     let mut printed = 0;
     let mut wrong = 0;
     for event in log(&dir.join(format!("{name}.rr"))) {

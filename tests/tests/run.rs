@@ -292,7 +292,15 @@ fn as_many_harts_run_as_are_asked_for() {
     let harts = state["harts"].as_array().unwrap();
     let waits: Vec<bool> = harts.iter().map(|hart| hart["waits"].as_bool().unwrap()).collect();
     assert_eq!(waits, [false, true, true], "{state}");
-    assert!(state["leaves"]["hart-2"].is_string() && state["leaves"]["turn"].is_string(), "{state}");
+    let (waiting, turn) = (&state["leaves"]["hart-2"], &state["leaves"]["turn"]);
+    assert!(waiting["hash"].is_string() && turn["hash"].is_string(), "{state}");
+    assert_eq!(waiting["value"]["is_idle"], true, "{state}");
+    assert_eq!(turn["value"]["hart"], 0, "{state}");
+    let second = ["state", "three", "--at", "28", "--hart", "2", "-o", "json"];
+    let second = embedded.heddle(&second).expect(0).json();
+    assert_eq!((&second["pc"], &second["turn"]), (&harts[2]["pc"], &state["hart"]), "{second}");
+    let refused = embedded.heddle(&["state", "three", "--at", "28", "--hart", "3"]).expect(2);
+    assert!(refused.err.contains("has 3 harts, numbers 0 to 2"), "{}", refused.err);
 }
 
 #[test]

@@ -93,12 +93,19 @@ pub struct State {
     /// Where: so many instructions have run.
     #[arg(long, value_name = "ICOUNT")]
     pub at: u64,
+    /// The hart to show, from 0; without it, the one whose turn it is.
+    #[arg(long, value_name = "N")]
+    pub hart: Option<usize>,
     /// Memory to print, physical: 0x80000000:256.
     #[arg(long, value_name = "ADDR:LEN")]
     pub memory: Option<MemoryRange>,
-    /// --memory is a virtual address, as the guest's page table has it there.
+    /// --memory is a virtual address, as the hart's page table has it there.
     #[arg(long, requires = "memory")]
     pub r#virtual: bool,
+    /// Print what devices and timers hold, too, beside the hashes of that; JSON and YAML
+    /// always have it.
+    #[arg(long)]
+    pub leaves: bool,
 }
 
 /// Some memory, as `heddle state --memory` takes it.

@@ -1,17 +1,17 @@
 //! A hart's registers by name, for people.
 
-use crate::machine::Machine;
 use crate::machine::disasm::{float_register_name, register_name};
+use crate::machine::hart::Hart;
 use crate::machine::pmp;
 
 /// x0..x31 by their ABI names.
-pub fn integers(machine: &Machine) -> Vec<(&'static str, u64)> {
-    machine.hart().x.iter().take(32).enumerate().map(|(n, value)| (register_name(n), *value)).collect()
+pub fn integers(hart: &Hart) -> Vec<(&'static str, u64)> {
+    hart.x.iter().take(32).enumerate().map(|(n, value)| (register_name(n), *value)).collect()
 }
 
 /// f0..f31 by their ABI names, as bits.
-pub fn floats(machine: &Machine) -> Vec<(&'static str, u64)> {
-    machine.hart().f.iter().enumerate().map(|(n, value)| (float_register_name(n), *value)).collect()
+pub fn floats(hart: &Hart) -> Vec<(&'static str, u64)> {
+    hart.f.iter().enumerate().map(|(n, value)| (float_register_name(n), *value)).collect()
 }
 
 const PMP_ADDRESSES: [&str; pmp::ENTRIES] = [
@@ -33,9 +33,8 @@ const PMP_ADDRESSES: [&str; pmp::ENTRIES] = [
     "pmpaddr15",
 ];
 
-/// The CSRs that a guest could read here, by name.
-pub fn csrs(machine: &Machine) -> Vec<(&'static str, u64)> {
-    let (hart, icount) = (machine.hart(), machine.icount());
+/// The CSRs that a guest could read at an icount, by name.
+pub fn csrs(hart: &Hart, icount: u64) -> Vec<(&'static str, u64)> {
     let mut csrs = vec![
         ("mstatus", hart.status()),
         ("mie", hart.mie),

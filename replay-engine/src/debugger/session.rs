@@ -8,6 +8,7 @@ use crate::machine::lookout::{Lookout, Search};
 use crate::replayer::ReplayEnd;
 use crate::role;
 use heddle_proto::{Hash, Position, Role};
+use serde_json::Value;
 
 /// Instructions between two snapshots in memory, and between two looks at whether to go on:
 /// what a replay does in about the time that a restore takes.
@@ -85,6 +86,11 @@ impl Session {
     /// The parts of that digest, by name.
     pub fn leaves(&mut self) -> Vec<(String, Hash)> {
         self.emulator.leaves()
+    }
+
+    /// The values of those that are no memory: harts, devices, timers.
+    pub fn leaf_values(&self) -> Vec<(String, Value)> {
+        self.emulator.leaf_values()
     }
 
     /// How the replay ended, if it stands at its end.

@@ -19,6 +19,7 @@ struct Registers {
     /// Bit 0 drives MSIP.
     msip: u32,
     /// MTIP is high from this tick on.
+    #[serde(serialize_with = "super::shown::hex")]
     mtimecmp: u64,
     /// MTIP as it is driven now.
     timer_line: bool,

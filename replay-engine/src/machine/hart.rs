@@ -168,7 +168,16 @@ pub struct Hart {
     pub kicks: u64,
     /// The page being fetched from: virtual and physical number.
     pub fetch_page: Option<(u64, u64)>,
+    #[serde(serialize_with = "known")]
     pub tlb: Vec<TlbEntry>,
+}
+
+/// To people, the entries that there are.
+fn known<S: Serializer>(tlb: &[TlbEntry], serializer: S) -> Result<S::Ok, S::Error> {
+    if !serializer.is_human_readable() {
+        return tlb.serialize(serializer);
+    }
+    serializer.collect_seq(tlb.iter().filter(|entry| **entry != TlbEntry::EMPTY))
 }
 
 /// Registers with the sink and padding: any byte is an index.

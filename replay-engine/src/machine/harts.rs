@@ -96,9 +96,14 @@ impl Machine {
 
     /// A hart by its number.
     pub fn hart_at(&self, number: usize) -> Option<&Hart> {
+        self.hart_and_regions(number).map(|(hart, _)| hart)
+    }
+
+    /// A hart by its number, and what its PMP's entries come to.
+    pub(super) fn hart_and_regions(&self, number: usize) -> Option<(&Hart, &Regions)> {
         match self.harts.parked.get(number)? {
-            Some(parked) => Some(&parked.hart),
-            None => Some(&self.hart),
+            Some(parked) => Some((&parked.hart, &parked.regions)),
+            None => Some((&self.hart, &self.regions)),
         }
     }
 

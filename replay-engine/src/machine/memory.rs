@@ -4,34 +4,24 @@
 //! nothing is translated. A page that a PMP border cuts is not in it: each access is checked.
 
 use super::fast::Rights;
-use super::hart::{Mode, TLB_ENTRIES, TlbEntry, Trap, envcfg, status};
+use super::hart::{Hart, Mode, TLB_ENTRIES, TlbEntry, Trap, envcfg, status};
 use super::pmp::Regions;
 use super::ram::PAGE;
 use super::run::NO_PAGE;
+use super::view::Leaf;
 use super::{Machine, Outside, RAM_BASE};
 
 /// PTE bits.
-mod pte {
-    pub(super) const V: u64 = 1;
-    pub(super) const R: u64 = 2;
-    pub(super) const W: u64 = 4;
-    pub(super) const X: u64 = 8;
-    pub(super) const U: u64 = 16;
-    pub(super) const A: u64 = 64;
-    pub(super) const D: u64 = 128;
+pub(super) mod pte {
+    pub const V: u64 = 1;
+    pub const R: u64 = 2;
+    pub const W: u64 = 4;
+    pub const X: u64 = 8;
+    pub const U: u64 = 16;
+    pub const A: u64 = 64;
+    pub const D: u64 = 128;
     /// Reserved without Svnapot and Svpbmt.
-    pub(super) const RESERVED: u64 = 0x3ff << 54;
-}
-
-/// The bits of a physical page number.
-const PPN: u64 = 0xfff_ffff_ffff;
-
-/// A leaf entry: where it lies, what it is, and the page-number bits below its level.
-struct Leaf {
-    at: u64,
-    entry: u64,
-    low: u64,
-    level: u8,
+    pub const RESERVED: u64 = 0x3ff << 54;
 }
 
 /// What an access is for.
@@ -43,12 +33,12 @@ pub(super) enum Access {
 }
 
 impl Access {
-    fn page_fault(self, va: u64) -> Trap {
+    pub(super) fn page_fault(self, va: u64) -> Trap {
         Trap { cause: [12, 13, 15][self as usize], tval: va }
     }
     /// Its right in a PTE or a PMP entry.
     #[inline(always)]
-    fn right(self) -> u64 {
+    pub(super) fn right(self) -> u64 {
         match self {
             Access::Fetch => pte::X,
             Access::Load => pte::R,
@@ -66,7 +56,7 @@ impl Access {
 impl Machine {
     /// Follows `mstatus`, `satp` and the mode: under whose rights data is accessed.
     pub(super) fn update_paging(&mut self) {
-        let mode = self.data_mode();
+        let mode = self.hart.data_mode();
         let is_free = mode == Mode::Machine && !self.regions.deny_machine();
         self.data_paging = (!is_free).then_some(mode);
         let has = |bit| self.hart.mstatus & bit != 0;
@@ -82,21 +72,6 @@ impl Machine {
         self.regions = Regions::of(&self.hart.pmp);
         self.flush_translations();
         self.update_paging();
-    }
-
-    /// Under whose rights data is accessed.
-    fn data_mode(&self) -> Mode {
-        let hart = &self.hart;
-        if hart.mstatus & status::MPRV != 0 {
-            Mode::from_bits(hart.mstatus >> status::MPP_SHIFT)
-        } else {
-            hart.mode
-        }
-    }
-
-    /// Whether a mode's addresses are physical ones.
-    fn is_bare(&self, mode: Mode) -> bool {
-        mode == Mode::Machine || self.hart.satp >> 60 == 0
     }
 
     /// Where an access of `len` bytes, which lie in one page, goes.
@@ -122,7 +97,7 @@ impl Machine {
     fn translate_paged(&mut self, va: u64, access: Access, len: u64, mode: Mode) -> Result<u64, Trap> {
         let vpn = va >> 12;
         let entry = self.hart.tlb[vpn as usize % TLB_ENTRIES];
-        if entry.vpn == vpn && self.allows(u64::from(entry.permissions), access, mode) {
+        if entry.vpn == vpn && self.hart.allows(u64::from(entry.permissions), access, mode) {
             return Ok(entry.ppn << 12 | va & 0xfff);
         }
         self.walk(va, access, len, mode)
@@ -133,9 +108,9 @@ impl Machine {
     fn learn(&mut self, va: u64, at: u64, access: Access) {
         let vpn = va >> 12;
         let entry = self.hart.tlb[vpn as usize % TLB_ENTRIES];
-        let holds = self
-            .data_paging
-            .is_none_or(|mode| entry.vpn == vpn && self.allows(u64::from(entry.permissions), access, mode));
+        let holds = self.data_paging.is_none_or(|mode| {
+            entry.vpn == vpn && self.hart.allows(u64::from(entry.permissions), access, mode)
+        });
         let (page, is_store) = (at as usize / PAGE, access == Access::Store);
         if holds && (!is_store || self.ram.takes_any_store(page)) {
             self.fast.learn(va, page, is_store);
@@ -148,25 +123,12 @@ impl Machine {
         self.fast.forget();
     }
 
-    #[inline(always)]
-    fn allows(&self, bits: u64, access: Access, mode: Mode) -> bool {
-        let readable = if self.hart.mstatus & status::MXR != 0 { pte::R | pte::X } else { pte::R };
-        let right = if access == Access::Load { readable } else { access.right() };
-        let user_page = bits & pte::U != 0;
-        let owner = match mode {
-            Mode::User => user_page,
-            _ if access == Access::Fetch => !user_page,
-            _ => !user_page || self.hart.mstatus & status::SUM != 0,
-        };
-        bits & right != 0 && owner
-    }
-
     /// What the TLB does not know: walks the page table, asks PMP, and fills the TLB with what
     /// holds for the whole page.
     #[cold]
     fn walk(&mut self, va: u64, access: Access, len: u64, mode: Mode) -> Result<u64, Trap> {
         let mut found =
-            if self.is_bare(mode) { bare_page(va, mode) } else { self.walk_table(va, access, mode)? };
+            if self.hart.is_bare(mode) { bare_page(va, mode) } else { self.walk_table(va, access, mode)? };
         let pa = found.ppn << 12 | va & 0xfff;
         let in_page = self.regions.rights(found.ppn << 12, found.ppn << 12 | 0xfff, mode);
         let here = in_page.or_else(|| self.regions.rights(pa, pa + (len - 1), mode)).unwrap_or(0);
@@ -185,7 +147,8 @@ impl Machine {
 
     /// Walks the page table, and sets A and D if that is the hardware's.
     fn walk_table(&mut self, va: u64, access: Access, mode: Mode) -> Result<TlbEntry, Trap> {
-        let Leaf { at, entry, low, level } = self.find_leaf(va, access, mode)?;
+        let leaf = self.view().find_leaf(va, access, mode)?;
+        let Leaf { at, entry, level, .. } = leaf;
         let mut updated = entry | pte::A;
         if access == Access::Store {
             updated |= pte::D;
@@ -194,107 +157,16 @@ impl Machine {
             if self.hart.menvcfg & envcfg::ADUE == 0 {
                 return Err(access.page_fault(va));
             }
-            self.check_table(at, Access::Store).ok_or(access.access_fault(va))?;
+            self.view().check_table(at, Access::Store).ok_or(access.access_fault(va))?;
             self.ram.store::<8>(at, updated).ok_or(access.access_fault(va))?;
             self.attention |= self.ram.has_stale_code();
         }
-        let vpn = va >> 12;
-        let ppn = entry >> 10 & PPN | vpn & low;
+        let (vpn, ppn) = (va >> 12, leaf.address(va) >> 12);
         let mut permissions = (updated & (pte::R | pte::X | pte::U)) as u8;
         if updated & pte::D != 0 {
             permissions |= (updated & pte::W) as u8;
         }
         Ok(TlbEntry { vpn, ppn, permissions, level })
-    }
-
-    /// Whether PMP lets a walk, which is S-mode's, access the page-table entry at `at` in RAM.
-    fn check_table(&self, at: u64, access: Access) -> Option<()> {
-        let from = at.wrapping_add(RAM_BASE);
-        let rights = self.regions.rights(from, from.saturating_add(7), Mode::Supervisor)?;
-        (u64::from(rights) & access.right() != 0).then_some(())
-    }
-
-    /// The leaf entry that maps `va`; changes nothing.
-    fn find_leaf(&self, va: u64, access: Access, mode: Mode) -> Result<Leaf, Trap> {
-        let fault = access.page_fault(va);
-        if (va as i64) << 25 >> 25 != va as i64 {
-            return Err(fault);
-        }
-        let mut table = (self.hart.satp & PPN) << 12;
-        for level in (0..3u32).rev() {
-            let index = va >> (12 + 9 * level) & 511;
-            let at = table.wrapping_add(index * 8).wrapping_sub(RAM_BASE);
-            let entry = self.check_table(at, Access::Load).and_then(|()| self.ram.load::<8>(at));
-            let entry = entry.ok_or(access.access_fault(va))?;
-            let is_pointer = entry & (pte::R | pte::W | pte::X) == 0;
-            let bad =
-                entry & pte::V == 0 || entry & (pte::R | pte::W) == pte::W || entry & pte::RESERVED != 0;
-            if bad || (is_pointer && entry & (pte::U | pte::A | pte::D) != 0) {
-                return Err(fault);
-            }
-            if is_pointer {
-                table = (entry >> 10 & PPN) << 12;
-                continue;
-            }
-            let low = (1u64 << (9 * level)) - 1;
-            if entry >> 10 & low != 0 || !self.allows(entry, access, mode) {
-                return Err(fault);
-            }
-            return Ok(Leaf { at, entry, low, level: level as u8 });
-        }
-        Err(fault)
-    }
-
-    /// Where a virtual address is in physical memory: as the hart would access it now, or
-    /// would with other rights, since a debugger is nobody. By the page table, also where the
-    /// TLB still has an older translation. Changes nothing.
-    pub fn peek_address(&self, va: u64) -> Option<u64> {
-        if self.is_bare(self.data_mode().min(self.hart.mode)) {
-            return Some(va);
-        }
-        let ways = [
-            (Access::Load, Mode::Supervisor),
-            (Access::Load, Mode::User),
-            (Access::Fetch, Mode::Supervisor),
-            (Access::Fetch, Mode::User),
-        ];
-        ways.into_iter().find_map(|(access, mode)| {
-            let Leaf { entry, low, .. } = self.find_leaf(va, access, mode).ok()?;
-            Some((entry >> 10 & PPN | va >> 12 & low) << 12 | va & 0xfff)
-        })
-    }
-
-    /// Reads RAM at a virtual address; how many bytes could be read. Devices are not read,
-    /// since they could tell.
-    pub fn peek(&self, va: u64, out: &mut [u8]) -> usize {
-        let mut done = 0;
-        while done < out.len() {
-            let at = va.wrapping_add(done as u64);
-            let len = (out.len() - done).min(4096 - (at as usize & 0xfff));
-            let bytes = self.peek_address(at).and_then(|pa| self.ram.slice(pa.wrapping_sub(RAM_BASE), len));
-            let Some(bytes) = bytes else { break };
-            out[done..done + len].copy_from_slice(bytes);
-            done += len;
-        }
-        done
-    }
-
-    /// The instruction bits at `pc`, without a trace in TLB or page table.
-    pub(super) fn peek_bits(&self, pc: u64) -> Option<u32> {
-        let half = |va: u64| {
-            let pa = if self.is_bare(self.hart.mode) {
-                va
-            } else {
-                let Leaf { entry, low, .. } = self.find_leaf(va, Access::Fetch, self.hart.mode).ok()?;
-                (entry >> 10 & PPN | va >> 12 & low) << 12 | va & 0xfff
-            };
-            self.half(pa)
-        };
-        let low = half(pc)?;
-        if low & 3 != 3 {
-            return Some(low);
-        }
-        Some(low | half(pc.wrapping_add(2))? << 16)
     }
 
     /// Loads `N` aligned bytes, zero-extended, if it is known where from.
@@ -426,7 +298,7 @@ impl Machine {
     }
 
     /// Two bytes of an instruction, of RAM or ROM.
-    fn half(&self, pa: u64) -> Option<u32> {
+    pub(super) fn half(&self, pa: u64) -> Option<u32> {
         let bits = self.ram.load::<2>(pa.wrapping_sub(RAM_BASE)).or_else(|| self.rom.load(pa, 2));
         bits.map(|bits| bits as u32)
     }
@@ -445,6 +317,36 @@ impl Machine {
         let fault = Access::Fetch.access_fault(upper);
         let high = self.half(pa).ok_or(fault)?;
         Ok(low | high << 16)
+    }
+}
+
+impl Hart {
+    /// Under whose rights data is accessed.
+    pub(super) fn data_mode(&self) -> Mode {
+        if self.mstatus & status::MPRV != 0 {
+            Mode::from_bits(self.mstatus >> status::MPP_SHIFT)
+        } else {
+            self.mode
+        }
+    }
+
+    /// Whether a mode's addresses are physical ones.
+    pub(super) fn is_bare(&self, mode: Mode) -> bool {
+        mode == Mode::Machine || self.satp >> 60 == 0
+    }
+
+    /// Whether a page-table entry's bits allow an access.
+    #[inline(always)]
+    pub(super) fn allows(&self, bits: u64, access: Access, mode: Mode) -> bool {
+        let readable = if self.mstatus & status::MXR != 0 { pte::R | pte::X } else { pte::R };
+        let right = if access == Access::Load { readable } else { access.right() };
+        let user_page = bits & pte::U != 0;
+        let owner = match mode {
+            Mode::User => user_page,
+            _ if access == Access::Fetch => !user_page,
+            _ => !user_page || self.mstatus & status::SUM != 0,
+        };
+        bits & right != 0 && owner
     }
 }
 

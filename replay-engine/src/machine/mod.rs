@@ -30,8 +30,10 @@ pub mod ram;
 mod rom;
 mod rtc;
 mod run;
+mod shown;
 mod slots;
 mod uart;
+mod view;
 mod virtio;
 mod virtio_block;
 mod virtio_console;
@@ -41,6 +43,7 @@ mod virtqueue;
 
 pub use disk::Disk;
 pub(crate) use slots::Card;
+pub use view::View;
 pub use virtio_net::FRAME_BYTES_MAX;
 
 use crate::timer::Timers;
@@ -333,7 +336,7 @@ impl Machine {
     /// Shows the next instruction to the lookout; whether the run is held before it.
     fn look_out(&mut self) -> bool {
         let Some(lookout) = &self.lookout else { return false };
-        let bits = if lookout.reads_code() { self.peek_bits(self.hart.pc) } else { None };
+        let bits = if lookout.reads_code() { self.view().bits(self.hart.pc) } else { None };
         let (icount, hart) = (self.icount, &self.hart);
         self.lookout.as_mut().is_some_and(|lookout| lookout.look(icount, hart, bits))
     }
@@ -384,14 +387,6 @@ impl Machine {
         self.hart.kicks = self.hart.kicks.wrapping_add(1);
         self.hart.reservation = None;
         self.carry_lines();
-    }
-
-    /// The instruction at `pc`, if its page is mapped. Looking changes nothing.
-    pub fn instruction_at(&self, pc: u64) -> String {
-        match self.peek_bits(pc) {
-            Some(bits) => disasm::disassemble(&decode::decode(bits), pc),
-            None => "(not mapped)".into(),
-        }
     }
 
     /// The id that the next bottom half or block request would get, whichever is larger.

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Output {
     /// Bytes sent, folded in their order: the output check.
+    #[serde(serialize_with = "super::shown::hex")]
     pub fold: u64,
     /// Number of bytes sent.
     pub bytes: u64,

@@ -10,7 +10,7 @@
 //! again as soon as its last claim was completed.
 
 use super::hart::irq;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 /// Sources, number 0 included, which never interrupts.
 pub const SOURCES: usize = 96;
@@ -19,9 +19,13 @@ const WORDS: usize = SOURCES / 32;
 /// Registers and gateways.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plic {
+    #[serde(serialize_with = "priorities")]
     priority: Vec<u32>,
+    #[serde(serialize_with = "sources")]
     level: [u32; WORDS],
+    #[serde(serialize_with = "sources")]
     pending: [u32; WORDS],
+    #[serde(serialize_with = "sources")]
     claimed: [u32; WORDS],
     /// Two of each hart.
     contexts: Vec<Context>,
@@ -30,6 +34,7 @@ pub struct Plic {
 /// Whom a source may interrupt.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Context {
+    #[serde(serialize_with = "sources")]
     enable: [u32; WORDS],
     threshold: u32,
 }
@@ -179,6 +184,23 @@ impl Default for Plic {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// A set of sources: to people, their numbers.
+fn sources<S: Serializer>(words: &[u32; WORDS], serializer: S) -> Result<S::Ok, S::Error> {
+    if !serializer.is_human_readable() {
+        return words.serialize(serializer);
+    }
+    let has = |source: &usize| words[source / 32] >> (source % 32) & 1 != 0;
+    serializer.collect_seq((0..SOURCES).filter(has))
+}
+
+/// To people, the sources' that have one.
+fn priorities<S: Serializer>(priority: &[u32], serializer: S) -> Result<S::Ok, S::Error> {
+    if !serializer.is_human_readable() {
+        return priority.serialize(serializer);
+    }
+    serializer.collect_map(priority.iter().enumerate().filter(|(_, priority)| **priority != 0))
 }
 
 #[cfg(test)]

@@ -17,15 +17,22 @@ const IER_SENT: u8 = 2;
 /// Registers, FIFO, and what was sent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Uart {
+    #[serde(serialize_with = "super::shown::hex")]
     ier: u8,
+    #[serde(serialize_with = "super::shown::hex")]
     lcr: u8,
+    #[serde(serialize_with = "super::shown::hex")]
     mcr: u8,
+    #[serde(serialize_with = "super::shown::hex")]
     scratch: u8,
     fifo_on: bool,
+    #[serde(serialize_with = "super::shown::bytes")]
     divisor: [u8; 2],
     /// The transmitter-empty interrupt waits to be seen.
     sent_pending: bool,
+    #[serde(serialize_with = "super::shown::bytes")]
     fifo: VecDeque<u8>,
+    #[serde(serialize_with = "super::shown::bytes")]
     backlog: VecDeque<u8>,
     /// What was sent.
     pub output: Output,

@@ -44,11 +44,14 @@ pub enum VirtioWrite {
 /// Registers and queues.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Transport {
+    #[serde(serialize_with = "super::shown::hex")]
     status: u32,
     features_select: u32,
     driver_features_select: u32,
+    #[serde(serialize_with = "super::shown::hex")]
     driver_features: u64,
     queue_select: u32,
+    #[serde(serialize_with = "super::shown::hex")]
     interrupt_status: u32,
     queues: Vec<Virtqueue>,
 }

@@ -29,6 +29,7 @@ pub struct Request {
     sector: u64,
     data: Vec<Segment>,
     data_is_writable: bool,
+    #[serde(serialize_with = "super::shown::hex")]
     status_at: u64,
 }
 

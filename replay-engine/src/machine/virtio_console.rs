@@ -24,6 +24,7 @@ const PRINT_BYTES_MAX: usize = 64 << 10;
 pub struct VirtioConsole {
     /// Registers and queues.
     pub transport: Transport,
+    #[serde(serialize_with = "super::shown::bytes")]
     backlog: VecDeque<u8>,
     /// What was printed.
     pub output: Output,

@@ -28,6 +28,7 @@ pub struct Broken;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Segment {
     /// Guest-physical.
+    #[serde(serialize_with = "super::shown::hex")]
     pub address: u64,
     /// Bytes.
     pub len: u32,
@@ -93,10 +94,13 @@ pub struct Virtqueue {
     /// The driver has set it up.
     pub is_ready: bool,
     /// Address of the descriptors.
+    #[serde(serialize_with = "super::shown::hex")]
     pub descriptors: u64,
     /// Address of the available ring.
+    #[serde(serialize_with = "super::shown::hex")]
     pub available: u64,
     /// Address of the used ring.
+    #[serde(serialize_with = "super::shown::hex")]
     pub used: u64,
     next_available: u16,
     next_used: u16,

@@ -10,7 +10,8 @@ use heddle_replay_engine::machine::Machine;
 use heddle_replay_engine::page_tree::BlockSource;
 use heddle_replay_engine::schedule::{self, Seeded};
 use heddle_replay_engine::{AsyncQueue, Build, Emulator, Fault, LogEnd, Replayer};
-use std::collections::HashSet;
+use serde_json::Value;
+use std::collections::{HashMap, HashSet};
 
 const HARTS: usize = 4;
 const ROUNDS: u64 = 4;
@@ -156,6 +157,16 @@ fn a_breakpoint_is_hit_on_every_hart_forwards_and_backwards() {
     let named: HashSet<String> = session.leaves().into_iter().map(|(name, _)| name).collect();
     assert!(["hart-0", "hart-3", "turn", "clint"].iter().all(|leaf| named.contains(*leaf)), "{named:?}");
     assert!(!named.contains("hart") && !named.contains("hart-4"));
+    let values: HashMap<String, Value> = session.leaf_values().into_iter().collect();
+    let machine = session.machine();
+    assert_eq!(values["turn"]["hart"], machine.current_hart());
+    assert_eq!(values["clint"]["harts"].as_array().unwrap().len(), HARTS);
+    for (number, hart) in machine.all_harts().enumerate() {
+        let value = &values[&format!("hart-{number}")];
+        assert_eq!(value["pc"], format!("{:#x}", hart.pc));
+        assert_eq!(value["x"][10], format!("{:#x}", hart.x[10]));
+        assert_eq!(machine.view_of(number).unwrap().hart().pc, hart.pc);
+    }
 }
 
 #[test]
