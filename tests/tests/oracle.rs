@@ -5,6 +5,8 @@
 //! it, there is nothing to compare with, and the test is skipped.
 #![allow(clippy::unwrap_used)]
 
+#[path = "oracle/encoding.rs"]
+mod encoding;
 #[path = "oracle/program.rs"]
 mod program;
 
@@ -19,8 +21,8 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 /// Where exceptions go: no program is so long.
 const TRAPS: u64 = CODE + 0x8000;
 const WFI: u32 = 0x1050_0073;
-/// More than a program without backward jumps can execute.
-const INSTRUCTIONS_MAX: u64 = 10_000;
+/// More than a program can execute that goes back as often as it may.
+const INSTRUCTIONS_MAX: u64 = 20_000;
 const BOX: u64 = 0xffff_ffff << 32;
 
 /// What `code` leaves behind on the built-in machine; an error says why it did not end.

@@ -1,9 +1,11 @@
 //! Random programs of legal instructions that come to their end.
 //!
 //! ```text
-//! CODE      the program: branches go forward and stay inside
-//! SCRATCH   a page: all that is loaded and stored
-//! x2 x9 x26 x27   point into it, and nothing else is done to them
+//! CODE      the program: jumps stay inside, and go back only while there is fuel
+//! SCRATCH   a page: all that is loaded and stored, then the flags that operations raised
+//! x2 x9 x26 x27   point into what is loaded and stored, and nothing else is done to them
+//! x24       points behind the last flags, a byte for each operation of floating point
+//! x25       the fuel: each chance to go back takes one
 //! f0..f15   hold binary64, f16..f31 binary32
 //! ```
 //!
@@ -16,6 +18,7 @@
 //!   from an integer.
 //! - It has no Zba, Zbb and Zbs: `replay-engine/tests/machine/bits.rs` has those.
 
+use super::encoding::{Item, Jump, csr, halves, immediate, patched, register, store, words};
 use heddle_replay_engine::machine::decode::decode;
 use heddle_replay_engine::machine::disasm::disassemble;
 use rand::Rng;
@@ -34,7 +37,14 @@ pub const PAGE: usize = 4096;
 
 /// Registers that point into the page. The first two serve compressed code.
 const POINTERS: [u32; 4] = [2, 9, 26, 27];
+const FLAGS: u32 = 24;
+const FUEL: u32 = 25;
 const ITEMS_MAX: usize = 48;
+const FUEL_MAX: u64 = 16;
+/// The page's part that is loaded and stored. Behind it each item has room for its flags as often
+/// as it can be executed.
+const DATA_BYTES: usize = 3072;
+const _: () = assert!(DATA_BYTES + ITEMS_MAX * (1 + FUEL_MAX as usize) <= PAGE);
 /// Binary64 values at the edges.
 const DOUBLES: [u64; 16] = [
     0,
@@ -85,25 +95,6 @@ pub struct State {
     pub memory: Vec<u8>,
 }
 
-/// How an item's jump is patched once it is known where its target lies.
-#[derive(Clone, Copy)]
-enum Jump {
-    Branch,
-    Jal,
-    /// `auipc`, then `jalr`.
-    Jalr,
-    Skip,
-    CompressedBranch,
-}
-
-/// One or a few instructions that belong together.
-#[derive(Clone)]
-struct Item {
-    halves: Vec<u16>,
-    /// Jumps over so many items.
-    jump: Option<(Jump, usize)>,
-}
-
 /// A program and what it begins with.
 pub struct Program {
     items: Vec<Item>,
@@ -115,7 +106,8 @@ impl Program {
     /// The program of this seed.
     pub fn new(seed: u64) -> Program {
         let mut maker = Maker { rng: ChaCha8Rng::seed_from_u64(seed), pointers: [0; 4] };
-        maker.pointers = [1024, 2048, 8 * maker.below(504), 8 * maker.below(504)];
+        let ends = DATA_BYTES as u64 / 8;
+        maker.pointers = [1024, 2048, 8 * maker.below(ends), 8 * maker.below(ends)];
         let state = maker.state();
         // What is left of another program in `mscratch` is overwritten.
         let mut items = vec![words(&[csr(1, 0x340, 5, 0)])];
@@ -138,9 +130,10 @@ impl Program {
         }
         let halves = items.iter().enumerate().flat_map(|(n, item)| match item.jump {
             None => item.halves.clone(),
-            Some((jump, over)) => {
-                let target = starts[(n + 1 + over).min(count)];
-                patched(&item.halves, jump, target - starts[n])
+            Some((jump, distance)) => {
+                let is_back = jump == Jump::Back;
+                let target = if is_back { n.saturating_sub(distance) } else { (n + 1 + distance).min(count) };
+                patched(&item.halves, jump, starts[target].wrapping_sub(starts[n]))
             }
         });
         halves.flat_map(u16::to_le_bytes).collect()
@@ -183,6 +176,8 @@ impl Maker {
         for (register, offset) in POINTERS.iter().zip(self.pointers) {
             x[*register as usize] = SCRATCH + offset;
         }
+        x[FLAGS as usize] = SCRATCH + DATA_BYTES as u64;
+        x[FUEL as usize] = self.below(FUEL_MAX + 1);
         let mut f = [0; 32];
         for (n, f) in f.iter_mut().enumerate() {
             *f = if n < 16 { self.double() } else { u64::from(self.single()) | 0xffff_ffff << 32 };
@@ -237,11 +232,11 @@ impl Maker {
         self.below(32) as u32
     }
 
-    /// A register to write: no pointer.
+    /// A register to write: none that is kept for something.
     fn target(&mut self) -> u32 {
         loop {
             let register = self.source();
-            if !POINTERS.contains(&register) {
+            if !POINTERS.contains(&register) && ![FLAGS, FUEL].contains(&register) {
                 return register;
             }
         }
@@ -263,13 +258,14 @@ impl Maker {
     }
 
     fn item(&mut self) -> Item {
-        match self.below(20) {
+        match self.below(21) {
             0..=4 => self.integer_item(),
             5..=6 => self.memory_item(),
             7 => self.atomic_item(),
             8 => self.jump_item(),
             9..=11 => self.compressed_item(),
             12 => self.csr_item(),
+            13 => self.loop_item(),
             _ => self.float_item(),
         }
     }
@@ -339,10 +335,10 @@ impl Maker {
     fn place(&mut self, size: u64) -> (u32, u32) {
         let n = self.below(4) as usize;
         let at = self.pointers[n] as i64;
-        let (low, high) = ((-at).max(-2048), (PAGE as i64 - size as i64 - at).min(2047));
+        let (low, high) = ((-at).max(-2048), (DATA_BYTES as i64 - size as i64 - at).min(2047));
         let mut offset = self.rng.gen_range(low..=high);
         if self.below(4) != 0 {
-            // Pointers are aligned, and so is the page's end.
+            // Pointers are aligned, and so is the end.
             offset = offset / size as i64 * size as i64;
         }
         (POINTERS[n], offset as u32 & 0xfff)
@@ -361,7 +357,7 @@ impl Maker {
         };
         let float = if is_float { 4 } else { 0 };
         words(&[if is_store {
-            (offset >> 5) << 25 | own << 20 | base << 15 | f3 << 12 | (offset & 31) << 7 | 0x23 | float
+            store(offset, own, base, f3, 0x23 | float)
         } else {
             immediate(offset, base, f3, own, 0x03 | float)
         }])
@@ -399,6 +395,14 @@ impl Maker {
             _ => (halves(&[self.one_of(&[0xc001, 0xe001]) | short << 7]), Jump::CompressedBranch),
         };
         Item { jump: Some((jump, over)), ..item }
+    }
+
+    /// Goes back while there is fuel: however loops overlap, the program comes to its end.
+    fn loop_item(&mut self) -> Item {
+        let burn = immediate(0xfff, FUEL, 0, FUEL, 0x13);
+        let back_if_positive = FUEL << 20 | 4 << 12 | 0x63;
+        let distance = 1 + self.below(8) as usize;
+        Item { jump: Some((Jump::Back, distance)), ..words(&[burn, back_if_positive]) }
     }
 
     fn csr_item(&mut self) -> Item {
@@ -474,7 +478,7 @@ impl Maker {
         };
         // The bank's last registers serve these items.
         let spare = if is_double { 13 } else { 29 };
-        words(&match self.below(13) {
+        let mut code = match self.below(13) {
             0..=3 => vec![op(which, rs2, rs1, mode, rd)],
             4 => vec![op(0x0b, 0, rs1, mode, rd)],
             5 => vec![op(4, rs2, rs1, three, rd)],
@@ -508,51 +512,12 @@ impl Maker {
                 op(2, spare + 2, rs2, 0, spare + 1),
                 op(5, spare + 1, spare, which & 1, rd),
             ],
-        })
+        };
+        // What the operation itself raises, before which nothing is raised, or NX alone: the
+        // machine then asks its host.
+        let before = self.one_of(&[0, 0, 1]);
+        code.insert(code.len() - 1, csr(5, 1, before, 0));
+        code.extend([csr(2, 1, 0, 28), store(0, 28, FLAGS, 0, 0x23), immediate(1, FLAGS, 0, FLAGS, 0x13)]);
+        words(&code)
     }
-}
-
-fn register(f7: u32, rs2: u32, rs1: u32, f3: u32, rd: u32, opcode: u32) -> u32 {
-    f7 << 25 | rs2 << 20 | rs1 << 15 | f3 << 12 | rd << 7 | opcode
-}
-
-fn immediate(imm: u32, rs1: u32, f3: u32, rd: u32, opcode: u32) -> u32 {
-    (imm & 0xfff) << 20 | rs1 << 15 | f3 << 12 | rd << 7 | opcode
-}
-
-fn csr(f3: u32, number: u32, operand: u32, rd: u32) -> u32 {
-    immediate(number, operand, f3, rd, 0x73)
-}
-
-fn words(words: &[u32]) -> Item {
-    Item { halves: words.iter().flat_map(|word| [*word as u16, (*word >> 16) as u16]).collect(), jump: None }
-}
-
-fn halves(halves: &[u16]) -> Item {
-    Item { halves: halves.to_vec(), jump: None }
-}
-
-/// The item with its jump going `o` bytes ahead of its own start.
-fn patched(item: &[u16], jump: Jump, o: u32) -> Vec<u16> {
-    let bit = |from: u32, to: u32| (o >> from & 1) << to;
-    let bits = |from: u32, count: u32, to: u32| (o >> from & ((1 << count) - 1)) << to;
-    let wide = bit(12, 31) | bits(5, 6, 25) | bits(1, 4, 8) | bit(11, 7);
-    let far = bit(20, 31) | bits(1, 10, 21) | bit(11, 20) | bits(12, 8, 12);
-    let short = bit(11, 12)
-        | bit(4, 11)
-        | bits(8, 2, 9)
-        | bit(10, 8)
-        | bit(6, 7)
-        | bit(7, 6)
-        | bits(1, 3, 3)
-        | bit(5, 2);
-    let near = bit(8, 12) | bits(3, 2, 10) | bits(6, 2, 5) | bits(1, 2, 3) | bit(5, 2);
-    let added = match jump {
-        Jump::Branch => vec![wide as u16, (wide >> 16) as u16],
-        Jump::Jal => vec![far as u16, (far >> 16) as u16],
-        Jump::Jalr => vec![0, 0, 0, (o << 4) as u16],
-        Jump::Skip => vec![short as u16],
-        Jump::CompressedBranch => vec![near as u16],
-    };
-    item.iter().zip(added).map(|(half, added)| half | added).collect()
 }
