@@ -6,6 +6,7 @@
 
 pub mod device;
 pub mod formats;
+pub mod gdb;
 pub mod linear;
 pub mod network;
 pub mod recording_model;

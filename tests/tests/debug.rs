@@ -2,10 +2,9 @@
 #![allow(clippy::unwrap_used)]
 
 use heddle_replay_engine::BUILTIN;
-use heddle_tests::{Processes, run};
+use heddle_tests::Processes;
+use heddle_tests::gdb::{Session, icounts, values};
 use serde_json::Value;
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
 
 const NAME: &str = "guest";
 /// Somewhere in the guest's first rounds, past its beginning.
@@ -18,59 +17,8 @@ async fn recorded() -> Processes {
     p
 }
 
-/// `heddle debug`, which ends with it.
-struct Session {
-    child: Child,
-    said: Value,
-}
-
-impl Session {
-    fn start(p: &Processes, at: u64, more: &[&str]) -> Session {
-        let mut command = p.command();
-        command.args(["debug", NAME, "--at", &at.to_string(), "-o", "json"]).args(more);
-        let mut child = command.stdout(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let mut text = String::new();
-        while !text.trim_end().ends_with('}') {
-            text.push_str(&lines.next().expect("heddle debug says where it stands").unwrap());
-        }
-        Session { child, said: serde_json::from_str(&text).unwrap() }
-    }
-
-    /// What a gdb prints that is told to do this, one after the other.
-    async fn gdb(&self, steps: &[&str]) -> String {
-        let target = format!("target remote {}", self.said["socket"].as_str().unwrap());
-        let mut gdb = Command::new("gdb-multiarch");
-        gdb.args(["-batch", "-nx", "-ex", "set architecture riscv:rv64", "-ex", &target]);
-        for step in steps {
-            gdb.args(["-ex", step]);
-        }
-        gdb.args(["-ex", "detach"]);
-        let said = tokio::task::spawn_blocking(move || run(&mut gdb, b"")).await.unwrap();
-        format!("{}\n{}", said.out, said.err)
-    }
-
-    fn pc(&self) -> String {
-        format!("{:#x}", self.said["pc"].as_u64().unwrap())
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// The values that gdb has printed by `p/x`.
-fn values(said: &str) -> Vec<&str> {
-    let printed = said.lines().filter(|line| line.starts_with('$'));
-    printed.filter_map(|line| line.split(" = ").nth(1)).collect()
-}
-
-/// What `monitor icount` has printed.
-fn icounts(said: &str) -> Vec<u64> {
-    said.lines().filter_map(|line| line.strip_prefix("icount ")?.parse().ok()).collect()
+fn debug(p: &Processes, at: u64, more: &[&str]) -> Session {
+    Session::start(p.command(), NAME, at, more)
 }
 
 async fn state(p: &Processes, at: u64, more: &[&str]) -> Value {
@@ -88,7 +36,7 @@ fn register<'a>(state: &'a Value, group: &str, name: &str) -> &'a str {
 #[tokio::test(flavor = "multi_thread")]
 async fn gdb_steps_forwards_and_back_to_where_it_was() {
     let p = recorded().await;
-    let session = Session::start(&p, AT, &[]);
+    let session = debug(&p, AT, &[]);
     let said = session
         .gdb(&[
             "monitor icount",
@@ -144,7 +92,7 @@ async fn gdb_steps_forwards_and_back_to_where_it_was() {
 async fn gdb_runs_to_breakpoints_and_back_through_the_same_ones() {
     let p = recorded().await;
     let trap_entry = register(&state(&p, AT, &[]).await, "csrs", "mtvec").to_string();
-    let session = Session::start(&p, AT, &["--listen", "127.0.0.1:0"]);
+    let session = debug(&p, AT, &["--listen", "127.0.0.1:0"]);
     let stop = format!("break *{trap_entry}");
     let said = session
         .gdb(&[
@@ -239,7 +187,7 @@ async fn gdb_sees_each_hart_as_a_thread() {
     std::fs::write(file.path(), elf(&TAKING_TURNS)).unwrap();
     let kernel = file.path().to_str().unwrap();
     p.heddle(&["record", "builtin", "--name", NAME, "--kernel", kernel, "--harts", "3"]).await.expect(0);
-    let session = Session::start(&p, 1000, &[]);
+    let session = debug(&p, 1000, &[]);
     let mut steps = vec!["break *0x80000008"];
     for _ in 0..3 {
         steps.extend(["continue", "p/x $a0"]);
