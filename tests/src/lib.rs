@@ -8,6 +8,7 @@
 
 pub mod device;
 pub mod formats;
+pub mod gdb;
 pub mod lan;
 pub mod linear;
 pub mod network;

@@ -50,20 +50,37 @@ fn explore() {
         ..guest::spec()
     };
     let mut bare = Bare::new(loader::build(&spec, &images).unwrap(), EPOCH_NS);
-    if let Ok(upto) = std::env::var("TRACE") {
-        let upto: u64 = upto.parse().unwrap();
-        while bare.machine().icount() < upto {
-            let m = bare.machine();
-            let pc = m.hart().pc;
-            let mut bits = [0; 4];
-            m.peek(pc, &mut bits);
-            let bits = u32::from_le_bytes(bits);
-            let is_time = bits & 0x7f == 0x73 && bits >> 20 == 0xc01 && bits >> 12 & 7 != 0;
-            let at = m.icount();
+    if let Ok(span) = std::env::var("TRACE") {
+        let (from, to) = span.split_once(':').unwrap();
+        let (from, to): (u64, u64) = (from.parse().unwrap(), to.parse().unwrap());
+        while bare.machine().icount() - bare.machine().faults() < from {
+            bare.run(from + bare.machine().faults());
+        }
+        while bare.machine().icount() - bare.machine().faults() < to {
+            let mut len = bare.machine().console_len();
+            let at = bare.machine().icount();
+            let before = bare.machine().hart().pc;
             bare.run(at + 1);
             let m = bare.machine();
-            if is_time {
-                println!("time at {at} faults {} pc {pc:#x} rd x{} = {}", m.faults(), bits >> 7 & 31, m.hart().x[(bits >> 7 & 31) as usize]);
+            let h = m.hart();
+            if m.console_len() != len {
+                len = m.console_len();
+                println!("trap char q {}", m.icount() - m.faults());
+            }
+            if h.scause >> 63 != 0 && h.sepc == before && h.pc & !63 == h.stvec & !63 {
+                println!("trap int q {} {:x} from {before:#x}", m.icount() - m.faults(), h.scause);
+            }
+            if std::env::var("PCS").is_ok() {
+                println!("pc q {} {:#x} {:x?}", m.icount() - m.faults(), h.pc, &h.x[..32]);
+            }
+            if h.pc == h.stvec || h.pc == h.mtvec {
+                println!(
+                    "trap q {} cause {:x} from {before:#x} tval {:#x} faults {}",
+                    at + 1 - m.faults(),
+                    h.scause,
+                    h.stval,
+                    m.faults()
+                );
             }
         }
         return;

@@ -96,3 +96,6 @@ impl BlockingEventLoop for Loop {
         Ok(Some(target.interrupted()))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -45,8 +45,11 @@ pub(super) struct Debuggee {
     pub(super) order: Order,
     /// The hart that is to continue, if one was named.
     pub(super) named: Option<usize>,
-    /// Nothing is to be told but of that one.
+    /// Nothing is to be told but of the one that was named, or is stepped.
     pub(super) is_alone: bool,
+    /// Where gdb was last told of the hart whose turn it is there: that it is at a breakpoint
+    /// there is no news.
+    pub(super) told: Option<u64>,
     software: BTreeSet<u64>,
     hardware: BTreeSet<u64>,
 }
@@ -55,7 +58,8 @@ impl Debuggee {
     /// A debuggee that stands where the session does.
     pub(super) fn new(session: Session) -> Debuggee {
         let (software, hardware) = (BTreeSet::new(), BTreeSet::new());
-        Debuggee { session, order: Order::Continue, named: None, is_alone: false, software, hardware }
+        let order = Order::Continue;
+        Debuggee { session, order, named: None, is_alone: false, told: None, software, hardware }
     }
 
     /// The gdb that has set them is gone.
@@ -63,6 +67,7 @@ impl Debuggee {
         self.software.clear();
         self.hardware.clear();
         self.session.points = Points::default();
+        self.told = None;
     }
 
     /// Goes where it was told to; `None` when gdb has something to say before.
@@ -71,68 +76,43 @@ impl Debuggee {
         is_interrupted: &mut dyn FnMut() -> bool,
     ) -> Result<Option<MultiThreadStopReason<u64>>, String> {
         let here = self.session.icount();
-        let stop = match self.order {
-            Order::Continue => self.run_on(is_interrupted)?,
-            Order::Step(hart) => self.step_hart(hart, is_interrupted)?,
-            Order::ReverseContinue => self.session.run_backward(0, is_interrupted)?,
-            Order::ReverseStep => self.session.run_backward(here.saturating_sub(1), is_interrupted)?,
+        self.session.points.only = self.alone();
+        let stop = match (self.order, self.alone()) {
+            (Order::Continue, None) => self.run_on(is_interrupted)?,
+            (Order::Continue, Some(hart)) => self.run_alone(hart, is_interrupted)?,
+            (Order::Step(hart), _) => self.step_hart(hart, is_interrupted)?,
+            (Order::ReverseContinue, _) => self.session.run_backward(0, is_interrupted)?,
+            (Order::ReverseStep, _) => self.session.run_backward(here.saturating_sub(1), is_interrupted)?,
         };
-        let log = |pos| MultiThreadStopReason::ReplayLog { tid: self.named_thread(), pos };
+        let hart = self.stopped_hart(stop);
+        if stop != Stop::Interrupted {
+            let is_current = hart == self.session.machine().current_hart();
+            self.told = is_current.then(|| self.session.icount());
+        }
+        let log = |pos| MultiThreadStopReason::ReplayLog { tid: self.named_thread(hart), pos };
         Ok(Some(match (stop, self.order) {
             (Stop::Interrupted, _) => return Ok(None),
             (Stop::There, Order::ReverseContinue) => log(ReplayLogPosition::Begin),
             (Stop::There, Order::ReverseStep) if here == 0 => log(ReplayLogPosition::Begin),
-            (Stop::There, _) => self.done(),
+            (Stop::There, _) => self.done(hart),
             (Stop::End, _) => log(ReplayLogPosition::End),
-            (Stop::Found(Found::Breakpoint), _) => self.breakpoint(),
+            (Stop::Found(Found::Breakpoint), _) => self.breakpoint(hart),
             (Stop::Found(Found::Watchpoint(watchpoint)), _) => MultiThreadStopReason::Watch {
-                tid: self.current_thread(),
+                tid: thread(hart),
                 kind: gdb_kind(watchpoint.kind),
                 addr: watchpoint.address,
             },
         }))
     }
 
-    /// Goes on until something is found, by the one hart that gdb waits for, if it does.
-    fn run_on(&mut self, is_interrupted: &mut dyn FnMut() -> bool) -> Result<Stop, String> {
-        let only = self.named.filter(|_| self.is_alone);
-        loop {
-            let stop = self.session.run_forward(u64::MAX, is_interrupted)?;
-            let is_others = only.is_some_and(|hart| hart != self.session.machine().current_hart());
-            if !(is_others && stop == Stop::Found(Found::Breakpoint)) {
-                return Ok(stop);
-            }
-        }
-    }
-
-    /// Goes on until this hart has executed an instruction, the others in their turns before.
-    fn step_hart(&mut self, hart: usize, is_interrupted: &mut dyn FnMut() -> bool) -> Result<Stop, String> {
-        loop {
-            let (here, next) = (self.session.icount(), self.session.machine().current_hart());
-            let stop = self.session.run_forward(here + 1, is_interrupted)?;
-            if next == hart || stop != Stop::There {
-                return Ok(stop);
-            }
-        }
-    }
-
-    /// The thread of the hart that executes the next instruction.
-    fn current_thread(&self) -> Tid {
-        thread(self.session.machine().current_hart())
-    }
-
-    /// The same, if gdb is told of more than one.
-    fn named_thread(&self) -> Option<Tid> {
-        self.session.machine().named_hart().map(|_| self.current_thread())
+    /// Its thread, if gdb is told of more than one.
+    fn named_thread(&self, hart: usize) -> Option<Tid> {
+        self.session.machine().named_hart().map(|_| thread(hart))
     }
 
     /// A step is done: by whom, if it could be another.
-    fn done(&self) -> MultiThreadStopReason<u64> {
-        let stepped = match self.order {
-            Order::Step(hart) => self.named_thread().map(|_| thread(hart)),
-            _ => self.named_thread(),
-        };
-        match stepped {
+    fn done(&self, hart: usize) -> MultiThreadStopReason<u64> {
+        match self.named_thread(hart) {
             Some(tid) => MultiThreadStopReason::SignalWithThread { tid, signal: Signal::SIGTRAP },
             None => MultiThreadStopReason::DoneStep,
         }
@@ -140,18 +120,18 @@ impl Debuggee {
 
     /// gdb's user wants it to stop.
     pub(super) fn interrupted(&self) -> MultiThreadStopReason<u64> {
-        match self.named_thread() {
+        match self.named_thread(self.stopped_hart(Stop::Interrupted)) {
             Some(tid) => MultiThreadStopReason::SignalWithThread { tid, signal: Signal::SIGINT },
             None => MultiThreadStopReason::Signal(Signal::SIGINT),
         }
     }
 
-    fn breakpoint(&self) -> MultiThreadStopReason<u64> {
-        let tid = self.current_thread();
-        if self.hardware.contains(&self.session.machine().hart().pc) {
-            MultiThreadStopReason::HwBreak(tid)
+    fn breakpoint(&self, hart: usize) -> MultiThreadStopReason<u64> {
+        let pc = self.session.machine().hart_at(hart).map(|hart| hart.pc);
+        if pc.is_some_and(|pc| self.hardware.contains(&pc)) {
+            MultiThreadStopReason::HwBreak(thread(hart))
         } else {
-            MultiThreadStopReason::SwBreak(tid)
+            MultiThreadStopReason::SwBreak(thread(hart))
         }
     }
 

@@ -38,6 +38,8 @@ pub struct Points {
     pub breakpoints: BTreeSet<u64>,
     /// Memory.
     pub watchpoints: Vec<Watchpoint>,
+    /// The hart of this number alone meets them; without one, every hart does.
+    pub only: Option<usize>,
 }
 
 impl Points {

@@ -248,8 +248,9 @@ impl Session {
     }
 
     fn look(&mut self, search: Search) {
-        let breakpoints = self.points.breakpoints.iter().copied().collect();
-        let lookout = Lookout::new(search, breakpoints, self.points.watchpoints.clone());
+        let Points { breakpoints, watchpoints, only } = &self.points;
+        let breakpoints = breakpoints.iter().copied().collect();
+        let lookout = Lookout::new(search, breakpoints, watchpoints.clone(), *only);
         self.emulator.machine_mut().lookout = Some(Box::new(lookout));
     }
 

@@ -54,13 +54,20 @@ pub(crate) struct Lookout {
     /// Ascending.
     breakpoints: Vec<u64>,
     watchpoints: Vec<Watchpoint>,
+    /// What the other harts do is not looked at.
+    only: Option<usize>,
     is_holding: bool,
     found: Option<(u64, Found)>,
 }
 
 impl Lookout {
-    pub(crate) fn new(search: Search, breakpoints: Vec<u64>, watchpoints: Vec<Watchpoint>) -> Lookout {
-        Lookout { search, breakpoints, watchpoints, is_holding: false, found: None }
+    pub(crate) fn new(
+        search: Search,
+        breakpoints: Vec<u64>,
+        watchpoints: Vec<Watchpoint>,
+        only: Option<usize>,
+    ) -> Lookout {
+        Lookout { search, breakpoints, watchpoints, only, is_holding: false, found: None }
     }
 
     /// Whether the run was ended before the instruction at pc.
@@ -79,10 +86,12 @@ impl Lookout {
         !self.watchpoints.is_empty()
     }
 
-    /// The instruction at pc is the next one; whether to hold before it.
-    pub(super) fn look(&mut self, icount: u64, hart: &Hart, bits: Option<u32>) -> bool {
-        let is_breakpoint = self.breakpoints.binary_search(&hart.pc).is_ok();
-        let access = bits.and_then(|bits| Access::of(bits, &hart.x[..]));
+    /// The instruction at pc is the next one, by the hart of this number; whether to hold
+    /// before it.
+    pub(super) fn look(&mut self, icount: u64, number: usize, hart: &Hart, bits: Option<u32>) -> bool {
+        let is_meant = self.only.is_none_or(|only| only == number);
+        let is_breakpoint = is_meant && self.breakpoints.binary_search(&hart.pc).is_ok();
+        let access = bits.filter(|_| is_meant).and_then(|bits| Access::of(bits, &hart.x[..]));
         let watched = access.and_then(|access| self.watchpoints.iter().find(|w| access.touches(w)));
         match self.search {
             Search::Here => self.is_holding = true,

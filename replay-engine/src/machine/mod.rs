@@ -337,8 +337,8 @@ impl Machine {
     fn look_out(&mut self) -> bool {
         let Some(lookout) = &self.lookout else { return false };
         let bits = if lookout.reads_code() { self.view().bits(self.hart.pc) } else { None };
-        let (icount, hart) = (self.icount, &self.hart);
-        self.lookout.as_mut().is_some_and(|lookout| lookout.look(icount, hart, bits))
+        let (icount, number, hart) = (self.icount, self.current_hart(), &self.hart);
+        self.lookout.as_mut().is_some_and(|lookout| lookout.look(icount, number, hart, bits))
     }
 
     /// Whether a lookout has ended the run before the instruction at pc.

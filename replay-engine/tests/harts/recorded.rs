@@ -154,6 +154,14 @@ fn a_breakpoint_is_hit_on_every_hart_forwards_and_backwards() {
     let mut backward = stops(&mut session, end, true);
     backward.reverse();
     assert_eq!(backward, forward);
+    for hart in [0, HARTS - 1] {
+        session.points.only = Some(hart);
+        let mut own = forward.clone();
+        own.retain(|stop| stop.1 == hart);
+        assert_eq!(stops(&mut session, end, false), own, "of hart {hart} alone");
+        own.reverse();
+        assert_eq!(stops(&mut session, end, true), own, "of hart {hart} alone, backwards");
+    }
     let named: HashSet<String> = session.leaves().into_iter().map(|(name, _)| name).collect();
     assert!(["hart-0", "hart-3", "turn", "clint"].iter().all(|leaf| named.contains(*leaf)), "{named:?}");
     assert!(!named.contains("hart") && !named.contains("hart-4"));
