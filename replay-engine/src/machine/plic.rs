@@ -7,7 +7,8 @@
 //! ```
 //!
 //! A source's gateway is level-triggered: while its line is high it is pending
-//! again as soon as its last claim was completed.
+//! again as soon as its last claim was completed. A line that rises while the source is claimed
+//! makes it pending, too, even if it has fallen when the claim is completed, as on QEMU.
 
 use super::hart::irq;
 use serde::{Deserialize, Serialize, Serializer};
@@ -68,8 +69,9 @@ impl Plic {
     pub fn set_level(&mut self, source: u32, high: bool) {
         let (word, bit) = (source as usize / 32, 1 << (source % 32));
         if high {
+            let has_risen = self.level[word] & bit == 0;
             self.level[word] |= bit;
-            if self.claimed[word] & bit == 0 {
+            if has_risen || self.claimed[word] & bit == 0 {
                 self.pending[word] |= bit;
             }
         } else {
@@ -89,7 +91,7 @@ impl Plic {
         let context = self.contexts.get(context)?;
         let mut best: Option<(u32, u32)> = None;
         for word in 0..WORDS {
-            let mut ready = self.pending[word] & context.enable[word];
+            let mut ready = self.pending[word] & !self.claimed[word] & context.enable[word];
             while ready != 0 {
                 let source = word as u32 * 32 + ready.trailing_zeros();
                 ready &= ready - 1;
