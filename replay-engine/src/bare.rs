@@ -47,25 +47,32 @@ impl Bare {
     /// Runs until `until` instructions have been executed in all, or a reason to pause.
     pub fn run(&mut self, until: u64) -> Pause {
         loop {
-            if self.machine.shutdown().is_some() {
-                return Pause::Off;
+            if let Some(pause) = self.advance(until) {
+                return pause;
             }
-            self.run_timers();
-            if self.machine.icount() >= until {
-                return Pause::Budget;
-            }
-            let deadline = self.deadline();
-            if self.machine.is_idle() {
-                let Some(deadline) = deadline else { return Pause::Stuck };
-                let idle = deadline.saturating_sub(self.machine.virtual_now()).max(0);
-                let clock = &mut self.machine.clock;
-                clock.bias = clock.bias.saturating_add(idle);
-                continue;
-            }
-            let due = deadline.map_or(until, |deadline| self.machine.clock.icount_at(deadline));
-            let mut watch = Watch { epoch_ns: self.epoch_ns };
-            self.machine.run(due.min(until), &mut watch);
         }
+    }
+
+    /// The same up to the next deadline, or over one idle time; none, if there is more to do.
+    pub fn advance(&mut self, until: u64) -> Option<Pause> {
+        if self.machine.shutdown().is_some() {
+            return Some(Pause::Off);
+        }
+        self.run_timers();
+        if self.machine.icount() >= until {
+            return Some(Pause::Budget);
+        }
+        let deadline = self.deadline();
+        if self.machine.is_idle() {
+            let Some(deadline) = deadline else { return Some(Pause::Stuck) };
+            let idle = deadline.saturating_sub(self.machine.virtual_now()).max(0);
+            let clock = &mut self.machine.clock;
+            clock.bias = clock.bias.saturating_add(idle);
+            return None;
+        }
+        let due = deadline.map_or(until, |deadline| self.machine.clock.icount_at(deadline));
+        self.machine.run(due.min(until), &mut Watch { epoch_ns: self.epoch_ns });
+        None
     }
 
     /// Whether the console has room for what is typed.

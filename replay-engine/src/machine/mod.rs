@@ -255,11 +255,6 @@ impl Machine {
         self.faults
     }
 
-    /// Bytes printed since they were last taken.
-    pub fn console_len(&self) -> usize {
-        self.console.len()
-    }
-
     /// The hart whose turn it is.
     pub fn hart(&self) -> &Hart {
         &self.hart
