@@ -277,9 +277,9 @@ fn on_two_threads_it_wakes_who_sleeps_and_who_spins() {
 
 #[test]
 fn with_nobody_to_record_it_an_alarm_is_as_late_as_the_guest_is_slow() {
-    // Who sleeps reads the clock four instructions of 8 ns behind the alarm; who spins has up to
-    // three more to go.
-    for (wait, least, most) in [(WFI, 32, 32), (NOP, 32, 56)] {
+    // Who sleeps reads the clock with the fifth instruction of 8 ns behind the alarm; who spins
+    // has up to three more to go.
+    for (wait, least, most) in [(WFI, 40, 40), (NOP, 40, 64)] {
         let mut bare = Bare::new(guest(wait), 1_700_000_000_000_000_000);
         assert_eq!(bare.run(1_000_000), Pause::Off);
         let late = lateness(bare.machine());

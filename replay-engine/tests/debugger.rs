@@ -148,7 +148,9 @@ fn check_leaves(session: &mut Session) -> (BTreeMap<String, Value>, Option<i64>)
     let armed = leaves["timers"]["lists"]["Virtual"].as_array().unwrap().first().map(|timer| {
         let deadline = timer[0].as_i64().unwrap();
         assert_eq!(timer[1], json!({ "Clint": 0 }));
-        assert_eq!(number(&leaves["clint"]["harts"][0]["mtimecmp"]) * 100, deadline as u64);
+        // Whole ticks from where it was set.
+        let tick = number(&leaves["clint"]["harts"][0]["mtimecmp"]) as i64 * 100;
+        assert!((tick..tick + 100).contains(&deadline), "{deadline} for {tick}");
         deadline
     });
     (leaves, armed)

@@ -111,7 +111,7 @@ fn registers_hold_what_they_have_bits_for() {
         (0xb03, ones, 0),
         (0xb1f, ones, 0),
         (0x341, ones, !1),
-        (0x344, ones, 0x222),
+        (0x344, ones, 0x2a2),
         (0x144, ones, 0),
         (0x14d, 7, 7),
         (0x180, 9 << 60 | 5, 0),
