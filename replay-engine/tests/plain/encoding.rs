@@ -16,6 +16,11 @@ pub mod opcode {
     pub const OP: u32 = 0b011_0011;
     pub const LUI: u32 = 0b011_0111;
     pub const OP_32: u32 = 0b011_1011;
+    pub const MADD: u32 = 0b100_0011;
+    pub const MSUB: u32 = 0b100_0111;
+    pub const NMSUB: u32 = 0b100_1011;
+    pub const NMADD: u32 = 0b100_1111;
+    pub const OP_FP: u32 = 0b101_0011;
     pub const BRANCH: u32 = 0b110_0011;
     pub const JALR: u32 = 0b110_0111;
     pub const JAL: u32 = 0b110_1111;

@@ -111,11 +111,18 @@ const AMOS: [u32; 9] = [0, 1, 4, 8, 12, 16, 20, 24, 28];
 const LOAD_RESERVED: u32 = 2;
 const STORE_CONDITIONAL: u32 = 3;
 /// Opcodes of which any bits are tried.
-const WILD: [u32; 9] = [LOAD, MISC_MEM, OP_IMM, OP_IMM_32, STORE, AMO, OP, OP_32, 0b110_1011];
+const WILD: [u32; 16] = [
+    LOAD, LOAD_FP, MISC_MEM, OP_IMM, OP_IMM_32, STORE, STORE_FP, AMO, OP, OP_32, MADD, NMADD, OP_FP, OP_FP,
+    OP_FP, RESERVED,
+];
+/// Of no instruction.
+const RESERVED: u32 = 0b110_1011;
 
 /// Makes instructions.
 pub struct Maker {
     pub rng: ChaCha8Rng,
+    /// Floating point is switched on.
+    pub has_floats: bool,
 }
 
 impl Maker {
@@ -231,11 +238,69 @@ impl Maker {
         }
     }
 
+    /// An instruction of F or D, or on `fcsr`.
+    pub fn float(&mut self) -> u32 {
+        let is_double = self.seldom(2);
+        let format = u32::from(is_double);
+        let [fd, fs1, fs2, fs3] = [(); 4].map(|()| self.float_register(is_double));
+        let other = self.float_register(!is_double);
+        let (rd, rs1, base) = (self.target(), self.register(), self.base());
+        let offset = self.offset(4 << format);
+        let (which, three) = (self.below(4), self.below(3));
+        let mode = self.one_of(&[0, 1, 2, 3, 4, 7, 7, 7, 7, 7]);
+        let operation = |function: u32, rs2: u32, rs1: u32, funct3: u32, rd: u32| {
+            r_type(function << 2 | format, rs2, rs1, funct3, rd, OP_FP)
+        };
+        match self.below(20) {
+            0..=4 => operation(which, fs2, fs1, mode, fd),
+            5 => operation(0b01011, 0, fs1, mode, fd),
+            6 => operation(0b00100, fs2, fs1, three, fd),
+            7 => operation(0b00101, fs2, fs1, which & 1, fd),
+            8 => operation(0b10100, fs2, fs1, three, rd),
+            9 | 10 => operation(0b11000, which, fs1, mode, rd),
+            11 | 12 => operation(0b11010, which, rs1, mode, fd),
+            13 => match which {
+                0 => operation(0b11100, 0, fs1, 0, rd),
+                1 => operation(0b11100, 0, fs1, 1, rd),
+                _ => operation(0b11110, 0, rs1, 0, fd),
+            },
+            14 => operation(0b01000, 1 - format, other, mode, fd),
+            15 | 16 => {
+                let opcode = self.one_of(&[MADD, MSUB, NMSUB, NMADD]);
+                r_type(fs3 << 2 | format, fs2, fs1, mode, fd, opcode)
+            }
+            17 => i_type(offset, base, 2 + format, fd, LOAD_FP),
+            18 => s_type(offset, fs2, base, 2 + format, STORE_FP),
+            _ => self.float_csr(rd, which),
+        }
+    }
+
+    /// Half of them for each format; seldom any.
+    fn float_register(&mut self, is_double: bool) -> u32 {
+        match self.below(16) {
+            0 => self.register(),
+            _ => self.below(16) + if is_double { 0 } else { 16 },
+        }
+    }
+
+    fn float_csr(&mut self, rd: u32, which: u32) -> u32 {
+        let flags = self.below(32);
+        // The reserved ones, too, make much illegal until the next is set.
+        let mode = if self.seldom(16) { self.below(8) } else { self.below(5) };
+        match which {
+            0 => i_type(self.one_of(&[1, 2, 3]), 0, 0b010, rd, SYSTEM),
+            1 => i_type(1, flags, self.one_of(&[5, 6, 7]), rd, SYSTEM),
+            2 => i_type(2, mode, 0b101, rd, SYSTEM),
+            // All flags, and to the nearest.
+            _ => i_type(3, flags, 0b101, rd, SYSTEM),
+        }
+    }
+
     /// A compressed instruction that does not go anywhere.
     pub fn compressed(&mut self) -> u16 {
         loop {
             let half: u16 = self.rng.r#gen();
-            if expand(half).is_some_and(is_tame) {
+            if expand(half).is_some_and(|w| is_tame(w) && (self.has_floats || !is_float_access(w))) {
                 return half;
             }
         }
@@ -263,6 +328,7 @@ impl Maker {
             }
             18 => self.system(),
             19 => self.wild(),
+            20..=24 if self.has_floats || self.seldom(16) => self.float(),
             _ => return vec![self.compressed()],
         };
         halves(w).to_vec()
@@ -283,9 +349,15 @@ fn is_kept(register: u32) -> bool {
 fn is_tame(w: u32) -> bool {
     let (rd, rs1) = (w >> 7 & 31, w >> 15 & 31);
     match w & 0b111_1111 {
-        BRANCH | JAL | JALR | SYSTEM | LOAD_FP | STORE_FP => false,
-        STORE => POINTERS.contains(&rs1),
+        BRANCH | JAL | JALR | SYSTEM => false,
+        STORE | LOAD_FP | STORE_FP => POINTERS.contains(&rs1),
         LOAD | AMO => POINTERS.contains(&rs1) && !is_kept(rd),
+        MADD | MSUB | NMSUB | NMADD => true,
+        // Some have an integer register's number there, some one of floating point.
         _ => !is_kept(rd),
     }
+}
+
+fn is_float_access(w: u32) -> bool {
+    [LOAD_FP, STORE_FP].contains(&(w & 0b111_1111))
 }

@@ -42,6 +42,11 @@ pub enum Stop {
 #[derive(Clone)]
 pub struct Plain {
     pub x: [u64; 32],
+    pub f: [u64; 32],
+    /// `frm` and `fflags`.
+    pub fcsr: u64,
+    /// Floating point is switched on, for good.
+    pub has_floats: bool,
     pub pc: u64,
     pub memory: Vec<u8>,
     /// Instructions executed.
@@ -66,6 +71,9 @@ impl Plain {
     pub fn new(pc: u64, memory: Vec<u8>) -> Plain {
         Plain {
             x: [0; 32],
+            f: [0; 32],
+            fcsr: 0,
+            has_floats: false,
             pc,
             memory,
             icount: 0,
@@ -287,6 +295,10 @@ impl Plain {
                 }
             }
             AMO => self.atomic(w, a, b, illegal)?,
+            LOAD_FP | STORE_FP | MADD | MSUB | NMSUB | NMADD | OP_FP => {
+                self.float(w, illegal)?;
+                return Ok(following);
+            }
             MISC_MEM if funct3 <= 1 => return Ok(following),
             SYSTEM => match funct3 {
                 0b000 => return self.privileged(w, illegal),
@@ -321,6 +333,10 @@ impl Plain {
         let operation = w >> 12 & 0b11;
         let writes = operation == 0b01 || field != 0;
         let old = match number {
+            0x001..=0x003 if !self.has_floats => return Err(refused),
+            0x001 => self.fcsr & 0b1_1111,
+            0x002 => self.fcsr >> 5,
+            0x003 => self.fcsr,
             0x340 => self.mscratch,
             0x341 => self.mepc,
             0x342 => self.mcause,
@@ -339,6 +355,9 @@ impl Plain {
         };
         match number {
             _ if !writes => {}
+            0x001 => self.fcsr = self.fcsr & !0b1_1111 | new & 0b1_1111,
+            0x002 => self.fcsr = self.fcsr & 0b1_1111 | (new & 0b111) << 5,
+            0x003 => self.fcsr = new & 0b1111_1111,
             0x340 => self.mscratch = new,
             // Instructions may begin at any even address.
             0x341 => self.mepc = new & !1,

@@ -1,4 +1,5 @@
 //! The machine against a second, deliberately plain interpreter, which shares no code with it.
+//! Its floating point is the exact model that `float` has.
 //!
 //! `HEDDLE_SEED` runs one program again.
 #![allow(clippy::unwrap_used, missing_docs)]
@@ -7,11 +8,16 @@ mod atomics;
 mod bits;
 mod compressed;
 mod encoding;
+mod floats;
 mod instructions;
 mod interpreter;
+#[path = "../float/model.rs"]
+mod model;
+#[path = "../float/operands.rs"]
+mod operands;
 mod program;
 
-use heddle_replay_engine::machine::hart::Hart;
+use heddle_replay_engine::machine::hart::{Hart, status};
 use heddle_replay_engine::machine::ram::Ram;
 use heddle_replay_engine::machine::{Exit, Machine, Nobody};
 use interpreter::{CLOCK_SHIFT, NotMine, Plain};
@@ -71,6 +77,9 @@ fn machine(plain: &Plain) -> Machine {
     ram.write(0, &plain.memory).unwrap();
     let mut hart = Hart::new(plain.pc);
     hart.x[..32].copy_from_slice(&plain.x);
+    hart.f = plain.f;
+    hart.fcsr = plain.fcsr as u8;
+    hart.mstatus |= if plain.has_floats { status::FS } else { 0 };
     hart.mtvec = plain.mtvec;
     Machine::new(ram, hart, CLOCK_SHIFT, vec![])
 }
@@ -80,6 +89,7 @@ fn difference(machine: &Machine, plain: &Plain) -> Option<String> {
     let others = [
         ("pc", hart.pc, plain.pc),
         ("icount", machine.icount(), plain.icount),
+        ("fcsr", u64::from(hart.fcsr), plain.fcsr),
         ("instret", hart.instret(machine.icount()), plain.instret),
         ("faults", machine.faults(), plain.faults),
         ("mscratch", hart.mscratch, plain.mscratch),
@@ -87,12 +97,13 @@ fn difference(machine: &Machine, plain: &Plain) -> Option<String> {
         ("mcause", hart.mcause, plain.mcause),
         ("mtval", hart.mtval, plain.mtval),
     ];
-    let is_same = hart.x[..32] == plain.x[..] && *memory == plain.memory[..];
+    let is_same = hart.x[..32] == plain.x[..] && hart.f == plain.f && *memory == plain.memory[..];
     if is_same && others.iter().all(|(_, machine, plain)| machine == plain) {
         return None;
     }
     let mut pairs: Vec<(String, u64, u64)> =
         (0..32).map(|n| (format!("x{n}"), hart.x[n], plain.x[n])).collect();
+    pairs.extend((0..32).map(|n| (format!("f{n}"), hart.f[n], plain.f[n])));
     pairs.extend(others.map(|(name, machine, plain)| (name.to_string(), machine, plain)));
     let byte = memory.iter().zip(&plain.memory).position(|(a, b)| a != b);
     if let Some(at) = byte {

@@ -15,8 +15,10 @@
 
 use crate::encoding::opcode::*;
 use crate::encoding::{b_type, i_type, j_type, r_type, u_type};
+use crate::floats::BOX;
 use crate::instructions::{COUNTERS, HANDLERS, Maker, POINTERS, halves};
 use crate::interpreter::{BASE, Plain};
+use crate::model::{DOUBLE, SINGLE};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
@@ -31,7 +33,9 @@ const MEPC: u32 = 0x341;
 
 /// The program of this seed.
 pub fn program(seed: u64) -> Plain {
-    let maker = Maker { rng: ChaCha8Rng::seed_from_u64(seed) };
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let has_floats = rng.r#gen();
+    let maker = Maker { rng, has_floats };
     if seed % 4 == 0 { scattered(maker) } else { woven(maker) }
 }
 
@@ -46,10 +50,12 @@ fn woven(mut maker: Maker) -> Plain {
     let handler_at = (at + 2 * code.len()).next_multiple_of(4);
     let mut memory = vec![0u8; RAM_BYTES];
     maker.rng.fill(&mut memory[..]);
+    maker.put_numbers(&mut memory[2 * PAGE..]);
     write(&mut memory, at, &code);
     write(&mut memory, handler_at, &handler());
 
     let mut plain = Plain::new(BASE + at as u64, memory);
+    maker.switch_floats(&mut plain);
     plain.mtvec = BASE + handler_at as u64;
     plain.x = maker.registers();
     let data = |maker: &mut Maker| BASE + 9 * 1024 + 8 * u64::from(maker.below(6 * 1024 / 8));
@@ -79,6 +85,7 @@ fn scattered(mut maker: Maker) -> Plain {
     }
     let ends = RAM_BYTES as u32;
     let mut plain = Plain::new(BASE + 2 * u64::from(maker.below(ends / 2)), memory);
+    maker.switch_floats(&mut plain);
     plain.mtvec = BASE + 4 * u64::from(maker.below(ends / 4));
     plain.x = maker.registers();
     for pointer in POINTERS {
@@ -151,6 +158,39 @@ impl Maker {
             };
         }
         x
+    }
+
+    /// Operands worth trying, here and there among the data.
+    fn put_numbers(&mut self, data: &mut [u8]) {
+        let count = if self.has_floats { 64 } else { 0 };
+        for _ in 0..count {
+            let (doubles, singles) = (DOUBLE.operands(&mut self.rng), SINGLE.operands(&mut self.rng));
+            let mut put = |bytes: &[u8]| {
+                let at = self.rng.gen_range(0..data.len() / 8) * 8;
+                data[at..at + bytes.len()].copy_from_slice(bytes);
+            };
+            doubles.iter().for_each(|bits| put(&bits.to_le_bytes()));
+            singles.iter().for_each(|bits| put(&(*bits as u32).to_le_bytes()));
+        }
+    }
+
+    /// Half of the registers hold numbers of each format, if there is floating point at all.
+    fn switch_floats(&mut self, plain: &mut Plain) {
+        plain.has_floats = self.has_floats;
+        if !self.has_floats {
+            return;
+        }
+        let (doubles, singles) = plain.f.split_at_mut(16);
+        for some in doubles.chunks_mut(3) {
+            let operands = DOUBLE.operands(&mut self.rng);
+            some.iter_mut().zip(operands).for_each(|(f, bits)| *f = bits);
+        }
+        for some in singles.chunks_mut(3) {
+            let operands = SINGLE.operands(&mut self.rng);
+            some.iter_mut().zip(operands).for_each(|(f, bits)| *f = bits | BOX);
+        }
+        let mode = if self.seldom(2) { 0 } else { self.below(5) };
+        plain.fcsr = u64::from(mode << 5 | self.below(32));
     }
 
     fn items(&mut self, count: u32, depth: usize) -> Vec<u16> {
