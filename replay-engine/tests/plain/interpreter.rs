@@ -1,45 +1,94 @@
-//! RV64IM, the atomics without reservations, and a few CSRs, in machine mode: written from
-//! the specification alone, bit by bit as its tables have them, and slow.
+//! RV64GC in machine mode, with few CSRs: written from the specification alone, bit by bit as its
+//! tables have them, and slow.
+
+use crate::encoding::opcode::*;
+use crate::{bits, compressed};
 
 /// Where RAM begins.
 pub const BASE: u64 = 0x8000_0000;
+/// Nanoseconds an instruction, as a power of two: more than a tick of `time`.
+pub const CLOCK_SHIFT: u32 = 7;
+const TICK_NS: u64 = 100;
+
+const FETCH_ACCESS: u64 = 1;
+const ILLEGAL: u64 = 2;
+const BREAKPOINT: u64 = 3;
+pub const LOAD_ACCESS: u64 = 5;
+pub const STORE_ACCESS: u64 = 7;
+const ENVIRONMENT_CALL: u64 = 11;
+
+const ECALL: u32 = 0b0000_0000_0000_0000_0000_0000_0111_0011;
+const EBREAK: u32 = 0b0000_0000_0001_0000_0000_0000_0111_0011;
+const MRET: u32 = 0b0011_0000_0010_0000_0000_0000_0111_0011;
+/// Those of S and U, and what waits: `sret`, `wfi`, `sfence.vma`.
+const SRET: u32 = 0b0001_0000_0010_0000_0000_0000_0111_0011;
+const WFI: u32 = 0b0001_0000_0101_0000_0000_0000_0111_0011;
+const SFENCE_VMA: u32 = 0b000_1001;
 
 /// What is left to the other: an instruction or an address that this interpreter has not.
 pub struct NotMine;
 
-/// An exception: cause and value.
-struct Exception(u64, u64);
-
 /// Why an instruction does not complete.
-enum Stop {
+#[derive(Clone, Copy)]
+pub enum Stop {
     NotMine,
+    /// An exception, its cause and value, that the instruction's bits are enough for.
     Exception(u64, u64),
-}
-
-impl From<Exception> for Stop {
-    fn from(Exception(cause, value): Exception) -> Stop {
-        Stop::Exception(cause, value)
-    }
+    /// The same of an instruction that was begun and could not be done: it takes no time.
+    Fault(u64, u64),
 }
 
 /// The interpreter.
 #[derive(Clone)]
 pub struct Plain {
     pub x: [u64; 32],
+    pub f: [u64; 32],
+    /// `frm` and `fflags`.
+    pub fcsr: u64,
+    /// Floating point is switched on, for good.
+    pub has_floats: bool,
     pub pc: u64,
     pub memory: Vec<u8>,
     /// Instructions executed.
     pub icount: u64,
     /// Those among them that raised no exception.
     pub instret: u64,
+    /// Those among them that took no time.
+    pub faults: u64,
     pub mtvec: u64,
     pub mscratch: u64,
     pub mepc: u64,
     pub mcause: u64,
     pub mtval: u64,
+    /// What `lr` has reserved: an address, and the value loaded there.
+    pub reservation: Option<(u64, u64)>,
+    /// `mstatus.MPP` is machine mode: an exception was taken, and not returned from.
+    returns_to_machine: bool,
 }
 
 impl Plain {
+    /// About to execute at `pc`, all else zero.
+    pub fn new(pc: u64, memory: Vec<u8>) -> Plain {
+        Plain {
+            x: [0; 32],
+            f: [0; 32],
+            fcsr: 0,
+            has_floats: false,
+            pc,
+            memory,
+            icount: 0,
+            instret: 0,
+            faults: 0,
+            mtvec: 0,
+            mscratch: 0,
+            mepc: 0,
+            mcause: 0,
+            mtval: 0,
+            reservation: None,
+            returns_to_machine: false,
+        }
+    }
+
     /// Executes one instruction, or takes its exception.
     pub fn step(&mut self) -> Result<(), NotMine> {
         match self.instruction() {
@@ -48,11 +97,10 @@ impl Plain {
                 self.instret += 1;
             }
             Err(Stop::NotMine) => return Err(NotMine),
-            Err(Stop::Exception(cause, value)) => {
-                self.mepc = self.pc;
-                self.mcause = cause;
-                self.mtval = value;
-                self.pc = self.mtvec;
+            Err(Stop::Exception(cause, value)) => self.trap(cause, value),
+            Err(Stop::Fault(cause, value)) => {
+                self.faults += 1;
+                self.trap(cause, value);
             }
         }
         self.x[0] = 0;
@@ -60,19 +108,30 @@ impl Plain {
         Ok(())
     }
 
-    /// Where `size` bytes at `address` are in memory; an exception of `cause` if nowhere.
+    fn trap(&mut self, cause: u64, value: u64) {
+        self.mepc = self.pc;
+        self.mcause = cause;
+        self.mtval = value;
+        self.returns_to_machine = true;
+        self.pc = self.mtvec;
+    }
+
+    /// Where `size` bytes at `address` are in memory; a fault of `cause` at the first that is not.
     fn place(&self, address: u64, size: u64, cause: u64) -> Result<usize, Stop> {
         if (0x10_0000..BASE).contains(&address) {
             return Err(Stop::NotMine);
         }
         let end = BASE + self.memory.len() as u64;
-        if address < BASE || address >= end || end - address < size {
-            return Err(Stop::Exception(cause, address));
+        if address < BASE || address >= end {
+            return Err(Stop::Fault(cause, address));
+        }
+        if end - address < size {
+            return Err(Stop::Fault(cause, end));
         }
         Ok((address - BASE) as usize)
     }
 
-    fn load(&self, address: u64, size: u64, cause: u64) -> Result<u64, Stop> {
+    pub fn load(&self, address: u64, size: u64, cause: u64) -> Result<u64, Stop> {
         let place = self.place(address, size, cause)?;
         let mut value = 0;
         for n in 0..size as usize {
@@ -81,8 +140,8 @@ impl Plain {
         Ok(value)
     }
 
-    fn store(&mut self, address: u64, size: u64, value: u64) -> Result<(), Stop> {
-        let place = self.place(address, size, 7)?;
+    pub fn store(&mut self, address: u64, size: u64, value: u64) -> Result<(), Stop> {
+        let place = self.place(address, size, STORE_ACCESS)?;
         for n in 0..size as usize {
             self.memory[place + n] = (value >> (8 * n)) as u8;
         }
@@ -91,14 +150,20 @@ impl Plain {
 
     /// Executes the instruction at pc: where the next one is.
     fn instruction(&mut self) -> Result<u64, Stop> {
-        if self.pc % 4 != 0 {
-            return Err(Stop::NotMine);
+        let low = self.load(self.pc, 2, FETCH_ACCESS)?;
+        if low & 0b11 != 0b11 {
+            let illegal = Stop::Exception(ILLEGAL, low);
+            let w = compressed::expand(low as u16).ok_or(illegal)?;
+            return self.execute(w, self.pc.wrapping_add(2), low);
         }
-        let w = self.load(self.pc, 4, 1)? as u32;
-        if w & 3 != 3 {
-            return Err(Stop::NotMine);
-        }
-        let illegal = Exception(2, u64::from(w));
+        let high = self.load(self.pc.wrapping_add(2), 2, FETCH_ACCESS)?;
+        let bits = high << 16 | low;
+        self.execute(bits as u32, self.pc.wrapping_add(4), bits)
+    }
+
+    /// Executes `w`, which memory has as `bits`; `following` is the place behind it.
+    fn execute(&mut self, w: u32, following: u64, bits: u64) -> Result<u64, Stop> {
+        let illegal = Stop::Exception(ILLEGAL, bits);
         let rd = (w >> 7 & 0b1_1111) as usize;
         let funct3 = w >> 12 & 0b111;
         let a = self.x[(w >> 15 & 0b1_1111) as usize];
@@ -122,22 +187,20 @@ impl Plain {
             ),
             21,
         );
-        let following = self.pc.wrapping_add(4);
         let result = match w & 0b111_1111 {
-            0b011_0111 => imm_u,
-            0b001_0111 => self.pc.wrapping_add(imm_u),
-            0b110_1111 => {
+            LUI => imm_u,
+            AUIPC => self.pc.wrapping_add(imm_u),
+            JAL => {
                 let target = self.pc.wrapping_add(imm_j);
                 self.x[rd] = following;
                 return Ok(target);
             }
-            0b110_0111 if funct3 == 0 => {
+            JALR if funct3 == 0 => {
                 let target = a.wrapping_add(imm_i) & !1;
                 self.x[rd] = following;
                 return Ok(target);
             }
-            0b110_0111 => return Err(illegal.into()),
-            0b110_0011 => {
+            BRANCH => {
                 let is_taken = match funct3 {
                     0b000 => a == b,
                     0b001 => a != b,
@@ -145,31 +208,31 @@ impl Plain {
                     0b101 => (a as i64) >= (b as i64),
                     0b110 => a < b,
                     0b111 => a >= b,
-                    _ => return Err(illegal.into()),
+                    _ => return Err(illegal),
                 };
                 return Ok(if is_taken { self.pc.wrapping_add(imm_b) } else { following });
             }
-            0b000_0011 => {
+            LOAD => {
                 let address = a.wrapping_add(imm_i);
                 match funct3 {
-                    0b000 => sign_extend(self.load(address, 1, 5)?, 8),
-                    0b001 => sign_extend(self.load(address, 2, 5)?, 16),
-                    0b010 => sign_extend(self.load(address, 4, 5)?, 32),
-                    0b011 => self.load(address, 8, 5)?,
-                    0b100 => self.load(address, 1, 5)?,
-                    0b101 => self.load(address, 2, 5)?,
-                    0b110 => self.load(address, 4, 5)?,
-                    _ => return Err(illegal.into()),
+                    0b000 => sign_extend(self.load(address, 1, LOAD_ACCESS)?, 8),
+                    0b001 => sign_extend(self.load(address, 2, LOAD_ACCESS)?, 16),
+                    0b010 => sign_extend(self.load(address, 4, LOAD_ACCESS)?, 32),
+                    0b011 => self.load(address, 8, LOAD_ACCESS)?,
+                    0b100 => self.load(address, 1, LOAD_ACCESS)?,
+                    0b101 => self.load(address, 2, LOAD_ACCESS)?,
+                    0b110 => self.load(address, 4, LOAD_ACCESS)?,
+                    _ => return Err(illegal),
                 }
             }
-            0b010_0011 => {
+            STORE => {
                 if funct3 > 0b011 {
-                    return Err(illegal.into());
+                    return Err(illegal);
                 }
                 self.store(a.wrapping_add(imm_s), 1 << funct3, b)?;
                 return Ok(following);
             }
-            0b001_0011 => {
+            OP_IMM => {
                 let shift = (w >> 20 & 0b11_1111) as u64;
                 match (funct3, w >> 26) {
                     (0b000, _) => a.wrapping_add(imm_i),
@@ -181,20 +244,20 @@ impl Plain {
                     (0b001, 0b00_0000) => a << shift,
                     (0b101, 0b00_0000) => a >> shift,
                     (0b101, 0b01_0000) => ((a as i64) >> shift) as u64,
-                    _ => return Err(Stop::NotMine),
+                    _ => bits::operate(w, a, b).ok_or(illegal)?,
                 }
             }
-            0b001_1011 => {
+            OP_IMM_32 => {
                 let shift = w >> 20 & 0b1_1111;
                 match (funct3, funct7) {
                     (0b000, _) => word(a.wrapping_add(imm_i)),
                     (0b001, 0b000_0000) => word(u64::from((a as u32) << shift)),
                     (0b101, 0b000_0000) => word(u64::from((a as u32) >> shift)),
                     (0b101, 0b010_0000) => word(((a as i32) >> shift) as u64),
-                    _ => return Err(Stop::NotMine),
+                    _ => bits::operate(w, a, b).ok_or(illegal)?,
                 }
             }
-            0b011_0011 => match (funct7, funct3) {
+            OP => match (funct7, funct3) {
                 (0b000_0000, 0b000) => a.wrapping_add(b),
                 (0b010_0000, 0b000) => a.wrapping_sub(b),
                 (0b000_0000, 0b001) => a << (b & 0b11_1111),
@@ -213,9 +276,9 @@ impl Plain {
                 (0b000_0001, 0b101) => quotient(unsigned(a), unsigned(b)),
                 (0b000_0001, 0b110) => remainder(signed(a), signed(b)),
                 (0b000_0001, 0b111) => remainder(unsigned(a), unsigned(b)),
-                _ => return Err(Stop::NotMine),
+                _ => bits::operate(w, a, b).ok_or(illegal)?,
             },
-            0b011_1011 => {
+            OP_32 => {
                 let (low_a, low_b) = (a & 0xffff_ffff, b & 0xffff_ffff);
                 match (funct7, funct3) {
                     (0b000_0000, 0b000) => word(a.wrapping_add(b)),
@@ -228,69 +291,61 @@ impl Plain {
                     (0b000_0001, 0b101) => word(quotient(unsigned(low_a), unsigned(low_b))),
                     (0b000_0001, 0b110) => word(remainder(signed(word(a)), signed(word(b)))),
                     (0b000_0001, 0b111) => word(remainder(unsigned(low_a), unsigned(low_b))),
-                    _ => return Err(Stop::NotMine),
+                    _ => bits::operate(w, a, b).ok_or(illegal)?,
                 }
             }
-            0b010_1111 => self.atomic(w, a, b)?,
-            0b000_1111 if funct3 <= 1 => return Ok(following),
-            0b111_0011 => match funct3 {
-                0 if w == 0b0000_0000_0000_0000_0000_0000_0111_0011 => return Err(Stop::Exception(11, 0)),
-                0 if w == 0b0000_0000_0001_0000_0000_0000_0111_0011 => {
-                    return Err(Stop::Exception(3, self.pc));
-                }
-                0 | 4 => return Err(Stop::NotMine),
-                _ => self.csr(w, a)?,
+            AMO => self.atomic(w, a, b, illegal)?,
+            LOAD_FP | STORE_FP | MADD | MSUB | NMSUB | NMADD | OP_FP => {
+                self.float(w, illegal)?;
+                return Ok(following);
+            }
+            MISC_MEM if funct3 <= 1 => return Ok(following),
+            SYSTEM => match funct3 {
+                0b000 => return self.privileged(w, illegal),
+                0b100 => return Err(illegal),
+                _ => self.csr(w, a, Stop::Fault(ILLEGAL, bits))?,
             },
-            _ => return Err(Stop::NotMine),
+            _ => return Err(illegal),
         };
         self.x[rd] = result;
         Ok(following)
     }
 
-    /// A read-modify-write of memory: what was there.
-    fn atomic(&mut self, w: u32, address: u64, b: u64) -> Result<u64, Stop> {
-        let (size, mask) = match w >> 12 & 0b111 {
-            0b010 => (4, 0xffff_ffff),
-            0b011 => (8, u64::MAX),
-            _ => return Err(Stop::NotMine),
-        };
-        let extended = |value: u64| if size == 4 { word(value) } else { value };
-        let function = w >> 27;
-        if ![0, 1, 4, 8, 12, 16, 20, 24, 28].contains(&function) {
-            return Err(Stop::NotMine);
+    /// An instruction of `SYSTEM` without a CSR: where to go on.
+    fn privileged(&mut self, w: u32, illegal: Stop) -> Result<u64, Stop> {
+        match w {
+            ECALL => Err(Stop::Exception(ENVIRONMENT_CALL, 0)),
+            EBREAK => Err(Stop::Exception(BREAKPOINT, self.pc)),
+            MRET if self.returns_to_machine => {
+                self.returns_to_machine = false;
+                Ok(self.mepc)
+            }
+            MRET | SRET | WFI => Err(Stop::NotMine),
+            _ if w >> 25 == SFENCE_VMA => Err(Stop::NotMine),
+            _ => Err(illegal),
         }
-        if address % size != 0 {
-            return Err(Stop::Exception(6, address));
-        }
-        let old = self.load(address, size, 7)?;
-        let (signed_old, signed_b) = (extended(old) as i64, extended(b) as i64);
-        let new = match function {
-            0b00000 => old.wrapping_add(b),
-            0b00001 => b,
-            0b00100 => old ^ b,
-            0b01000 => old | b,
-            0b01100 => old & b,
-            0b10000 => signed_old.min(signed_b) as u64,
-            0b10100 => signed_old.max(signed_b) as u64,
-            0b11000 => (old & mask).min(b & mask),
-            _ => (old & mask).max(b & mask),
-        };
-        self.store(address, size, new)?;
-        Ok(extended(old))
     }
 
-    /// Reads and writes a CSR: what was there.
-    fn csr(&mut self, w: u32, a: u64) -> Result<u64, Stop> {
+    /// Reads and writes a CSR: what was there. `refused` is for what may not be done.
+    fn csr(&mut self, w: u32, a: u64, refused: Stop) -> Result<u64, Stop> {
         let (number, field) = (w >> 20, w >> 15 & 0b1_1111);
         let operand = if w >> 14 & 1 == 1 { u64::from(field) } else { a };
         let operation = w >> 12 & 0b11;
         let writes = operation == 0b01 || field != 0;
         let old = match number {
+            0x001..=0x003 if !self.has_floats => return Err(refused),
+            0x001 => self.fcsr & 0b1_1111,
+            0x002 => self.fcsr >> 5,
+            0x003 => self.fcsr,
             0x340 => self.mscratch,
             0x341 => self.mepc,
             0x342 => self.mcause,
             0x343 => self.mtval,
-            0xb02 if !writes => self.instret,
+            0xc00..=0xc02 if writes => return Err(refused),
+            0xb00 | 0xc00 if !writes => self.icount,
+            // The clock behind this instruction.
+            0xc01 => ((self.icount + 1 - self.faults) << CLOCK_SHIFT) / TICK_NS,
+            0xb02 | 0xc02 if !writes => self.instret,
             _ => return Err(Stop::NotMine),
         };
         let new = match operation {
@@ -300,6 +355,9 @@ impl Plain {
         };
         match number {
             _ if !writes => {}
+            0x001 => self.fcsr = self.fcsr & !0b1_1111 | new & 0b1_1111,
+            0x002 => self.fcsr = self.fcsr & 0b1_1111 | (new & 0b111) << 5,
+            0x003 => self.fcsr = new & 0b1111_1111,
             0x340 => self.mscratch = new,
             // Instructions may begin at any even address.
             0x341 => self.mepc = new & !1,
@@ -310,14 +368,14 @@ impl Plain {
     }
 }
 
-fn sign_extend(value: u64, bits: u32) -> u64 {
+pub fn sign_extend(value: u64, bits: u32) -> u64 {
     let sign = 1 << (bits - 1);
     let value = value & (sign | (sign - 1));
     (value ^ sign).wrapping_sub(sign)
 }
 
 /// The lower word, sign-extended.
-fn word(value: u64) -> u64 {
+pub fn word(value: u64) -> u64 {
     sign_extend(value, 32)
 }
 
