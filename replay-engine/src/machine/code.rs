@@ -3,8 +3,7 @@
 //! Invisible to the guest: a store to such a page outdates it at once.
 
 use super::decode::{Code, Op, decode};
-use super::execute::ILLEGAL;
-use super::hart::Trap;
+use super::hart::{Hart, status};
 use super::pairs::pair_up;
 use super::ram::PAGE;
 
@@ -164,11 +163,11 @@ impl Op {
 }
 
 impl Code {
-    /// Whether it does nothing but trap, or does so while floating point is off: known when it
-    /// is decoded, and so done when it traps.
-    pub(super) fn traps_by_itself(self, trap: Trap) -> bool {
+    /// Whether it does nothing but trap on this hart: known when it is decoded, and so done when
+    /// it traps.
+    pub(super) fn traps_by_itself(self, hart: &Hart) -> bool {
         matches!(self, Code::Illegal | Code::Ecall | Code::Ebreak)
-            || (self.is_float() && trap.cause == ILLEGAL)
+            || (self.is_float() && hart.mstatus & status::FS == 0)
     }
 
     /// Whether what follows is another block: pc goes elsewhere, or what pc means may change.

@@ -6,7 +6,7 @@ use super::memory::Access;
 use super::run::NO_PAGE;
 use super::{Machine, Outside, RAM_BASE};
 
-pub(super) const ILLEGAL: u64 = 2;
+const ILLEGAL: u64 = 2;
 const BREAKPOINT: u64 = 3;
 
 impl Machine {

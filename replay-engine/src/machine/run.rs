@@ -263,7 +263,7 @@ impl Machine {
                         }
                         Err(trap) => {
                             left += behind;
-                            if !op.code.traps_by_itself(trap) {
+                            if !op.code.traps_by_itself(&self.hart) {
                                 self.stop_clock();
                             }
                             break self.trap(trap);

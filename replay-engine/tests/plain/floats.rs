@@ -85,7 +85,11 @@ impl Plain {
             0b010 => Ok(Rounding::Down),
             0b011 => Ok(Rounding::Up),
             0b100 => Ok(Rounding::NearestAway),
-            _ => Err(illegal),
+            // What `frm` holds is not known before.
+            _ => Err(match illegal {
+                Stop::Exception(cause, value) if w >> 12 & 0b111 == 0b111 => Stop::Fault(cause, value),
+                known => known,
+            }),
         }
     }
 
