@@ -143,7 +143,8 @@ impl Recorded {
     }
 
     fn replay(&self, events: &[Event], from: Position) -> Emulator {
-        let replayer = Replayer::new(Box::new(events.to_vec().into_iter()), from, LogEnd::Complete);
+        let events: Vec<Event> = events.to_vec();
+        let replayer = Replayer::new(Box::new(events.into_iter()), from, LogEnd::Complete);
         Emulator::replay(guest(self.wait), replayer, positions(16), self.sleep, Build::default())
     }
 

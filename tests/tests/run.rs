@@ -286,8 +286,8 @@ fn as_many_harts_run_as_are_asked_for() {
     embedded.heddle(&[&record[..], &["--kernel", path]].concat()).expect(0);
     assert_eq!(embedded.heddle(&["replay", "three", "-o", "json"]).expect(0).json()["verdict"], "match");
     assert_eq!(embedded.heddle(&["get", "recordings", "three", "-o", "json"]).expect(0).json()["harts"], 3);
-    // Who waits has passed its turn on; the first one's comes again and again.
-    let state = embedded.heddle(&["state", "three", "--at", "28", "-o", "json"]).expect(0).json();
+    // Six instructions of the reset vector each. Who waits has passed its turn on; the first one's comes again and again.
+    let state = embedded.heddle(&["state", "three", "--at", "46", "-o", "json"]).expect(0).json();
     assert_eq!(state["hart"], 0, "{state}");
     let harts = state["harts"].as_array().unwrap();
     let waits: Vec<bool> = harts.iter().map(|hart| hart["waits"].as_bool().unwrap()).collect();
@@ -296,10 +296,10 @@ fn as_many_harts_run_as_are_asked_for() {
     assert!(waiting["hash"].is_string() && turn["hash"].is_string(), "{state}");
     assert_eq!(waiting["value"]["is_idle"], true, "{state}");
     assert_eq!(turn["value"]["hart"], 0, "{state}");
-    let second = ["state", "three", "--at", "28", "--hart", "2", "-o", "json"];
+    let second = ["state", "three", "--at", "46", "--hart", "2", "-o", "json"];
     let second = embedded.heddle(&second).expect(0).json();
     assert_eq!((&second["pc"], &second["turn"]), (&harts[2]["pc"], &state["hart"]), "{second}");
-    let refused = embedded.heddle(&["state", "three", "--at", "28", "--hart", "3"]).expect(2);
+    let refused = embedded.heddle(&["state", "three", "--at", "46", "--hart", "3"]).expect(2);
     assert!(refused.err.contains("has 3 harts, numbers 0 to 2"), "{}", refused.err);
 }
 
