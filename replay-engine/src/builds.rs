@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
-/// The build that this binary contains.
+/// The build that this binary contains. The version goes up with every change to what a guest
+/// does: a recording replays on the build that made it.
 pub const BUILTIN: &str = concat!("builtin-", env!("CARGO_PKG_VERSION"));
 
 /// One bit of one register flips after so many instructions.
