@@ -219,9 +219,6 @@ impl Manifest {
     }
 
     fn check(&self) -> Result<(), ManifestError> {
-        let bound = |ok: bool, what, value, rule| {
-            if ok { Ok(()) } else { Err(ManifestError::Bound { what, value, rule }) }
-        };
         let (m, p) = match &self.emulator {
             EmulatorSpec::Builtin { machine, positions } => (machine, positions),
             EmulatorSpec::Qemu(spec) => {
@@ -236,6 +233,21 @@ impl Manifest {
                 return bound(count <= 64, "files and disks", count, "at most 64");
             }
         };
+        m.check()?;
+        bound(p.check_every >= 1000, "check_every", p.check_every, "at least 1000")?;
+        let nested = p.digest_every != 0 && p.digest_every % p.check_every == 0;
+        bound(nested, "digest_every", p.digest_every, "a multiple of check_every")?;
+        let nested = p.snapshot_every % p.digest_every == 0;
+        bound(nested, "snapshot_every", p.snapshot_every, "a multiple of digest_every, or 0")?;
+        let sorted = p.snapshots_at.is_sorted();
+        bound(sorted, "snapshots_at", p.snapshots_at.len() as u64, "ascending")
+    }
+}
+
+impl MachineSpec {
+    /// Whether there can be such a machine.
+    pub fn check(&self) -> Result<(), ManifestError> {
+        let m = self;
         let harts = u64::from(m.harts);
         bound((1..=HARTS_MAX).contains(&m.harts), "harts", harts, "from 1 to 8")?;
         let memory = m.memory_bytes;
@@ -245,15 +257,12 @@ impl Manifest {
         let used = m.drives.len() + m.devices.len();
         bound(used <= VIRTIO_SLOTS, "drives and devices", used as u64, "at most 8 together")?;
         let is_twice = (1..m.devices.len()).any(|i| m.devices[..i].contains(&m.devices[i]));
-        bound(!is_twice, "devices", m.devices.len() as u64, "each at most once")?;
-        bound(p.check_every >= 1000, "check_every", p.check_every, "at least 1000")?;
-        let nested = p.digest_every != 0 && p.digest_every % p.check_every == 0;
-        bound(nested, "digest_every", p.digest_every, "a multiple of check_every")?;
-        let nested = p.snapshot_every % p.digest_every == 0;
-        bound(nested, "snapshot_every", p.snapshot_every, "a multiple of digest_every, or 0")?;
-        let sorted = p.snapshots_at.is_sorted();
-        bound(sorted, "snapshots_at", p.snapshots_at.len() as u64, "ascending")
+        bound(!is_twice, "devices", m.devices.len() as u64, "each at most once")
     }
+}
+
+fn bound(ok: bool, what: &'static str, value: u64, rule: &'static str) -> Result<(), ManifestError> {
+    if ok { Ok(()) } else { Err(ManifestError::Bound { what, value, rule }) }
 }
 
 #[cfg(test)]

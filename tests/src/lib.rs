@@ -1,7 +1,7 @@
 //! The cluster in a box: what the tests of real processes share.
 //!
 //! `HEDDLE_FULL=1` asks for the large counts; without it a seeded sample runs.
-//! `HEDDLE_REQUIRE=1`, as in CI, makes a test fail that is otherwise skipped for want of
+//! `HEDDLE_REQUIRE=1` makes a test fail that is otherwise skipped for want of
 //! what `./test` installs.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used)]

@@ -13,7 +13,7 @@ use heddle_replay_engine::debugger::{AccessKind, Points, Session as Replay, Stop
 use heddle_replay_engine::machine::hart::Mode;
 use heddle_replay_engine::machine::{Machine, RAM_BASE};
 use heddle_tests::gdb::{Session, icounts, values};
-use heddle_tests::{Processes, root, run};
+use heddle_tests::{Processes, root, run, skip};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -208,7 +208,7 @@ fn bytes(said: &str) -> String {
 async fn recorded() -> Option<Processes> {
     let files = root().join("target/guests/riscv");
     if !files.join("stamp").exists() {
-        println!("skipped: {} is not there, tests/riscv-guest makes it", files.display());
+        skip(format_args!("{} is not there: tests/riscv-guest makes it", files.display()));
         return None;
     }
     let p = Processes::start(1, 20_000).await;

@@ -178,11 +178,10 @@ impl Twin {
     }
 }
 
-fn boots_as_on_qemu(shift: u32) {
-    let Some(files) = Files::new() else { return };
+fn boots_as_on_qemu(files: &Files, shift: u32) {
     let events = files.record(shift);
     let mut twin = Twin { guest: files.machine(shift), skipped: 0 };
-    let (mut printed, mut sleeps, mut end) = (vec![], 0, None);
+    let (mut printed, mut sleeps, mut end, mut asleep_at) = (vec![], 0, None, None);
     for Located { icount, body, .. } in &events {
         match body {
             Body::Qemu(QemuEvent::CharWrite { .. }) => {
@@ -200,7 +199,9 @@ fn boots_as_on_qemu(shift: u32) {
                 );
                 printed.extend(now);
             }
-            Body::Checkpoint(CheckpointKind::ClockWarpStart) => {
+            // Its main loop may say so twice.
+            Body::Checkpoint(CheckpointKind::ClockWarpStart) if asleep_at != Some(*icount) => {
+                asleep_at = Some(*icount);
                 twin.sleep_at(*icount);
                 sleeps += 1;
             }
@@ -228,6 +229,7 @@ fn boots_as_on_qemu(shift: u32) {
 
 #[test]
 fn linux_boots_as_on_qemu_to_the_instruction() {
-    boots_as_on_qemu(0);
-    boots_as_on_qemu(3);
+    let Some(files) = Files::new() else { return };
+    boots_as_on_qemu(&files, 0);
+    boots_as_on_qemu(&files, 3);
 }

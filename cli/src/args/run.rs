@@ -12,8 +12,8 @@ const MEMORY_MAX: u64 = 4 << 30;
 pub struct Run {
     /// A bare-metal RISC-V ELF. It begins at its entry, in machine mode, on every hart, with the
     /// hart's number in a0 and the device tree's address in a1. It ends by a store to the test
-    /// finisher, or to `tohost` where it has that symbol; its exit code is ours, by its low byte, or 1 where
-    /// that alone is 0.
+    /// finisher, or to `tohost` where it has that symbol; its exit code is ours, by its low byte,
+    /// or 1 where that alone is 0. One over 65535 counts as 65535.
     pub elf: PathBuf,
     /// Harts. They take turns of instructions on one thread.
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=MOST_HARTS))]

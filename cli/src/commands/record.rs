@@ -97,9 +97,7 @@ fn request(command: &RecordBuiltin, outbox_dir: PathBuf) -> Result<RecordRequest
     if command.snapshot_every % DIGEST_EVERY != 0 {
         return Err(coded(USAGE, format!("--snapshot-every must be a multiple of {DIGEST_EVERY}")));
     }
-    if is_bundled && command.harts > 1 {
-        return Err(coded(USAGE, "--harts: the bundled guest has one; give a --kernel or a --bios"));
-    }
+    check_bundled(command, is_bundled)?;
     Ok(RecordRequest {
         name: command.common.name.clone(),
         labels: labels(&command.common.labels)?,
@@ -127,6 +125,13 @@ fn request(command: &RecordBuiltin, outbox_dir: PathBuf) -> Result<RecordRequest
     })
 }
 
+fn check_bundled(command: &RecordBuiltin, is_bundled: bool) -> Result<()> {
+    if is_bundled && command.harts > 1 {
+        return Err(coded(USAGE, "--harts: the bundled guest has one; give a --kernel or a --bios"));
+    }
+    Ok(())
+}
+
 /// Writes the device tree that the guest would get.
 pub fn dump_dtb(command: &RecordBuiltin, to: &Path) -> Result<u8> {
     let file = |path: &Option<PathBuf>| -> Result<Option<Arc<[u8]>>> {
@@ -139,6 +144,8 @@ pub fn dump_dtb(command: &RecordBuiltin, to: &Path) -> Result<u8> {
         append: command.append.clone(),
         ..guest::spec()
     };
+    check_bundled(command, is_bundled)?;
+    spec.check().map_err(|error| coded(USAGE, error.to_string()))?;
     let images = Images {
         bios: file(&command.bios)?,
         kernel: if is_bundled { Some(Arc::from(guest::LOOM_ELF)) } else { file(&command.kernel)? },

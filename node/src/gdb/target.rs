@@ -24,7 +24,7 @@ use heddle_replay_engine::debugger::{AccessKind, Found, Points, Session, Stop, W
 use std::collections::BTreeSet;
 
 /// gdb's error numbers are Linux's.
-const EFAULT: u8 = 14;
+pub(super) const EFAULT: u8 = 14;
 const EROFS: u8 = 30;
 /// Most watchpoints: each is compared with every instruction.
 const WATCHPOINTS_MAX: usize = 64;

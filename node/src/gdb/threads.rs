@@ -12,7 +12,7 @@
 //! with the next order: nothing is passed over.
 
 use super::riscv::HartRegisters;
-use super::target::{Debuggee, Order};
+use super::target::{Debuggee, EFAULT, Order};
 use gdbstub::common::{Signal, Tid};
 use gdbstub::target::ext::base::multithread::{
     MultiThreadBase, MultiThreadResume, MultiThreadResumeOps, MultiThreadSchedulerLocking,
@@ -123,9 +123,13 @@ impl MultiThreadBase for Debuggee {
         self.refuse("registers")
     }
 
-    /// As the hart sees it whose turn it is: another may have other page tables.
-    fn read_addrs(&mut self, address: u64, out: &mut [u8], _: Tid) -> TargetResult<usize, Self> {
-        SingleThreadBase::read_addrs(self, address, out)
+    /// As that hart sees it: each may have page tables of its own.
+    fn read_addrs(&mut self, address: u64, out: &mut [u8], tid: Tid) -> TargetResult<usize, Self> {
+        let view = self.session.machine().view_of(hart(tid)).ok_or(TargetError::Errno(ESRCH))?;
+        match view.read(address, out) {
+            0 if !out.is_empty() => Err(TargetError::Errno(EFAULT)),
+            bytes => Ok(bytes),
+        }
     }
 
     fn write_addrs(&mut self, address: u64, bytes: &[u8], _: Tid) -> TargetResult<(), Self> {

@@ -129,7 +129,7 @@ impl Machine {
         match self.clint.store(offset, size, value, now)? {
             ClintWrite::Time => self.follow_mtime(),
             ClintWrite::Compare(hart) => {
-                let has_come = self.set_timer(TimerId::Clint(hart), self.clint.compare(hart));
+                let has_come = self.set_timer(TimerId::Clint(hart), Some(self.clint.compare(hart)));
                 self.clint.set_timer_line(hart, has_come);
             }
             ClintWrite::Software | ClintWrite::Ignored => {}
@@ -157,28 +157,27 @@ impl Machine {
         self.clint.mtime((self.seen_now() / TICK_NS) as u64)
     }
 
-    /// Whether time has come to tick `compare`; until then a timer is armed for it, unless it
+    /// Whether time has come to tick `compare`, if there is one; until then a timer is armed for it, unless it
     /// is too far away ever to come. By QEMU's rule for when that is, which counts whole ticks
     /// from now: up to a tick late.
-    fn set_timer(&mut self, id: TimerId, compare: u64) -> bool {
-        let ticks = compare.saturating_sub(self.mtime());
-        let wait = i64::try_from(ticks).unwrap_or(i64::MAX).saturating_mul(TICK_NS);
-        let due = self.seen_now().saturating_add(wait);
-        if ticks == 0 || due > NEVER {
-            self.timers.disarm(TimerClock::Virtual, id);
-        } else {
-            self.timers.arm(TimerClock::Virtual, id, due);
+    fn set_timer(&mut self, id: TimerId, compare: Option<u64>) -> bool {
+        let ticks = compare.map(|compare| compare.saturating_sub(self.mtime()));
+        let wait = ticks.map(|ticks| i64::try_from(ticks).unwrap_or(i64::MAX).saturating_mul(TICK_NS));
+        let due = wait.map(|wait| self.seen_now().saturating_add(wait)).filter(|due| *due <= NEVER);
+        match due {
+            Some(due) if ticks != Some(0) => self.timers.arm(TimerClock::Virtual, id, due),
+            _ => self.timers.disarm(TimerClock::Virtual, id),
         }
         self.leave_for_work();
-        ticks == 0
+        ticks == Some(0)
     }
 
     /// `mtime` was written: every hart's compare registers are met at other times.
     fn follow_mtime(&mut self) {
         for number in 0..self.hart_count() {
-            let has_come = self.set_timer(TimerId::Clint(number), self.clint.compare(number));
+            let has_come = self.set_timer(TimerId::Clint(number), Some(self.clint.compare(number)));
             self.clint.set_timer_line(number, has_come);
-            let compare = self.hart_at(number).map_or(u64::MAX, Hart::supervisor_compare);
+            let compare = self.hart_at(number).and_then(Hart::supervisor_compare);
             let has_come = self.set_timer(TimerId::Supervisor(number), compare);
             if let Some(hart) = self.hart_at_mut(number) {
                 hart.stimecmp_passed = has_come;

@@ -281,8 +281,8 @@ impl Hart {
     }
 
     /// The tick that drives STIP; none, while `stimecmp` does not.
-    pub(super) fn supervisor_compare(&self) -> u64 {
-        if self.menvcfg & envcfg::STCE != 0 { self.stimecmp } else { u64::MAX }
+    pub(super) fn supervisor_compare(&self) -> Option<u64> {
+        (self.menvcfg & envcfg::STCE != 0).then_some(self.stimecmp)
     }
 
     /// `mip` as the guest reads it.

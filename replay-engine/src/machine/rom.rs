@@ -41,6 +41,12 @@ impl Rom {
         !self.0.is_empty() && (ROM..ROM + ROM_BYTES).contains(&pa)
     }
 
+    /// Reads bytes; whether they are all in it.
+    pub(super) fn read(&self, pa: u64, out: &mut [u8]) -> bool {
+        let bytes = (pa..).map_while(|at| self.load(at, 1));
+        out.iter_mut().zip(bytes).map(|(out, byte)| *out = byte as u8).count() == out.len()
+    }
+
     /// Loads `len` bytes, at most 8, zero-extended; `None`, if they are not all in it.
     pub(super) fn load(&self, pa: u64, len: usize) -> Option<u64> {
         if !self.has(pa) || !self.has(pa.checked_add(len as u64 - 1)?) {
@@ -63,6 +69,9 @@ mod tests {
         assert_eq!(rom.load(ROM + 24, 4), Some(0x8000_0000));
         assert_eq!(rom.load(ROM + ROM_BYTES - 8, 8), Some(0));
         assert_eq!((rom.load(ROM + ROM_BYTES - 7, 8), rom.load(ROM - 1, 2)), (None, None));
+        let mut word = [0; 4];
+        assert!(rom.read(ROM, &mut word) && word == 0x297u32.to_le_bytes());
+        assert!(!rom.read(ROM + ROM_BYTES - 3, &mut word));
         assert_eq!((rom.load(u64::MAX, 8), Rom::default().load(ROM, 1)), (None, None));
     }
 }

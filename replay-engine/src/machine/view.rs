@@ -79,7 +79,7 @@ impl<'a> View<'a> {
         Some(leaf.address(va))
     }
 
-    /// Reads RAM at a virtual address; how many bytes could be read. Devices are not read,
+    /// Reads RAM or ROM at a virtual address; how many bytes could be read. Devices are not read,
     /// since they could tell.
     pub fn read(&self, va: u64, out: &mut [u8]) -> usize {
         let ram = &self.machine.ram;
@@ -87,9 +87,13 @@ impl<'a> View<'a> {
         while done < out.len() {
             let at = va.wrapping_add(done as u64);
             let len = (out.len() - done).min(4096 - (at as usize & 0xfff));
-            let bytes = self.address(at).and_then(|pa| ram.slice(pa.wrapping_sub(RAM_BASE), len));
-            let Some(bytes) = bytes else { break };
-            out[done..done + len].copy_from_slice(bytes);
+            let Some(pa) = self.address(at) else { break };
+            let out = &mut out[done..done + len];
+            match ram.slice(pa.wrapping_sub(RAM_BASE), len) {
+                Some(bytes) => out.copy_from_slice(bytes),
+                None if self.machine.rom.read(pa, out) => {}
+                None => break,
+            }
             done += len;
         }
         done

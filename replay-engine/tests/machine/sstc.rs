@@ -88,6 +88,20 @@ fn software_has_the_pending_bit_only_while_the_timer_has_not() {
     assert_eq!(m.hart().x[5..9], expected);
 }
 
+#[test]
+fn time_set_to_its_end_is_no_deadline_of_who_has_no_timer() {
+    // sd x1, 0(x2)
+    let store = 1 << 20 | 2 << 15 | 3 << 12 | 0x23;
+    for (stce, pending) in [(0, irq::MTI), (envcfg::STCE, irq::MTI | irq::STI)] {
+        // stimecmp is all ones, as after reset.
+        let mut m = machine(&[csr(1, 0x30a, 3, 0), store, NOP], &[(1, u64::MAX), (2, 0x200_bff8), (3, stce)]);
+        step(&mut m);
+        step(&mut m);
+        m.run_virtual_timers();
+        assert_eq!(m.hart().mip(), pending, "{stce:#x}");
+    }
+}
+
 struct Blocks(HashMap<Hash, Vec<u8>>);
 
 impl BlockSource for Blocks {
