@@ -7,9 +7,12 @@ pub mod qemu;
 pub mod store;
 
 use crate::args::Format;
+use crate::local::{DEFAULT_SHARDS, LocalCluster, LocalConfig};
 use crate::output;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
 
 /// The rows of a benchmark.
 #[derive(Default)]
@@ -46,4 +49,22 @@ impl Rows {
             _ => output::value(Format::Yaml, &value),
         }
     }
+}
+
+/// Three replicas, a coordinator and so many nodes, in processes of their own.
+async fn start_cluster(dir: &Path, nodes: u64) -> Result<LocalCluster> {
+    LocalCluster::start(LocalConfig {
+        program: std::env::current_exe().context("find this program")?,
+        dir: dir.into(),
+        replicas: 3,
+        nodes,
+        slots: 1,
+        lease_ms: 20_000,
+        offers_planted: false,
+        qemu: vec![],
+        shards: DEFAULT_SHARDS,
+        tls: None,
+        environment: BTreeMap::new(),
+    })
+    .await
 }

@@ -12,16 +12,14 @@ mod recording;
 mod snapshots;
 mod speed;
 
-use super::Rows;
 use super::peers::installed;
+use super::{Rows, start_cluster};
 use crate::args::{BenchMachine, Format};
 use crate::cluster::Cluster;
 use crate::exit::OK;
-use crate::local::{DEFAULT_SHARDS, LocalCluster, LocalConfig};
 use anyhow::{Context, Result};
 use engine::{Guest, Recorder};
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// The parts that need a store.
 const WITH_STORE: [&str; 4] = ["boot", "recording", "idle", "seek"];
@@ -60,7 +58,8 @@ pub async fn machine(command: BenchMachine, format: Format) -> Result<u8> {
         snapshots::snapshots(&mut rows)?;
     }
     if WITH_STORE.into_iter().any(is_wanted) {
-        let cluster = start(&dir.path().join("cluster")).await?;
+        // What replays is this process.
+        let cluster = start_cluster(&dir.path().join("cluster"), 0).await?;
         let recorder = Recorder::new(Cluster::in_dir(cluster.dir())?);
         let mut bench = Bench { command: &command, recorder, linux, dir: dir.path().into(), rows };
         if is_wanted("boot") {
@@ -80,22 +79,4 @@ pub async fn machine(command: BenchMachine, format: Format) -> Result<u8> {
     }
     rows.print("machine", format)?;
     Ok(OK)
-}
-
-/// Three replicas and a coordinator; what replays is this process.
-async fn start(dir: &Path) -> Result<LocalCluster> {
-    LocalCluster::start(LocalConfig {
-        program: std::env::current_exe().context("find this program")?,
-        dir: dir.into(),
-        replicas: 3,
-        nodes: 0,
-        slots: 1,
-        lease_ms: 20_000,
-        offers_planted: false,
-        qemu: vec![],
-        shards: DEFAULT_SHARDS,
-        tls: None,
-        environment: BTreeMap::new(),
-    })
-    .await
 }

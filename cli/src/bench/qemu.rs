@@ -1,19 +1,18 @@
 //! `heddle bench qemu`: recording, storing and replaying Debian's Linux on QEMU.
 
-use super::Rows;
 use super::cost::{Cost, cpu_of_parts, median, timed};
+use super::{Rows, start_cluster};
 use crate::args::{BenchQemu, Format};
 use crate::cluster::Cluster;
 use crate::commands::recordings;
 use crate::exit::{OK, USAGE, coded};
-use crate::local::{DEFAULT_SHARDS, LocalCluster, LocalConfig};
+use crate::local::LocalCluster;
 use anyhow::{Context, Result, ensure};
 use heddle_node::qemu::builds::QemuBuild;
 use heddle_node::rewrite::LARGE_BYTES;
 use heddle_proto::{ChunkBuilder, RecordingId};
 use heddle_replay_engine::qemu::log::encode;
 use serde_json::Value;
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -118,20 +117,7 @@ pub async fn qemu(command: BenchQemu, format: Format) -> Result<u8> {
     }
     QemuBuild::probe(Path::new("qemu-system-x86_64"))?;
     let dir = tempfile::tempdir().context("make a directory")?;
-    let cluster = LocalCluster::start(LocalConfig {
-        program: std::env::current_exe().context("find this program")?,
-        dir: dir.path().join("cluster"),
-        replicas: 3,
-        nodes: 2,
-        slots: 1,
-        lease_ms: 20_000,
-        offers_planted: false,
-        qemu: vec![],
-        shards: DEFAULT_SHARDS,
-        tls: None,
-        environment: BTreeMap::new(),
-    })
-    .await?;
+    let cluster = start_cluster(&dir.path().join("cluster"), 2).await?;
     let client = Cluster::in_dir(cluster.dir())?;
     let mut bench =
         Bench { command: &command, cluster, client, dir: dir.path().into(), rows: Rows::default() };

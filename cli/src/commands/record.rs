@@ -86,7 +86,7 @@ pub fn open_terminal(
 
 fn request(command: &RecordBuiltin, outbox_dir: PathBuf) -> Result<RecordRequest> {
     let file = |path: &Option<PathBuf>| path.as_deref().map(read_file).transpose();
-    let is_bundled = command.bios.is_none() && command.kernel.is_none();
+    let is_bundled = is_bundled(command)?;
     let mut drives = command.drives.iter().map(|path| read_file(path)).collect::<Result<Vec<_>>>()?;
     let kernel = if is_bundled {
         drives.insert(0, ("loom.disk".into(), Bytes::from(guest::disk())));
@@ -97,7 +97,6 @@ fn request(command: &RecordBuiltin, outbox_dir: PathBuf) -> Result<RecordRequest
     if command.snapshot_every % DIGEST_EVERY != 0 {
         return Err(coded(USAGE, format!("--snapshot-every must be a multiple of {DIGEST_EVERY}")));
     }
-    check_bundled(command, is_bundled)?;
     Ok(RecordRequest {
         name: command.common.name.clone(),
         labels: labels(&command.common.labels)?,
@@ -125,11 +124,13 @@ fn request(command: &RecordBuiltin, outbox_dir: PathBuf) -> Result<RecordRequest
     })
 }
 
-fn check_bundled(command: &RecordBuiltin, is_bundled: bool) -> Result<()> {
+/// Whether the bundled guest is meant, which has one hart and its own memory.
+fn is_bundled(command: &RecordBuiltin) -> Result<bool> {
+    let is_bundled = command.bios.is_none() && command.kernel.is_none();
     if is_bundled && command.harts > 1 {
         return Err(coded(USAGE, "--harts: the bundled guest has one; give a --kernel or a --bios"));
     }
-    Ok(())
+    Ok(is_bundled)
 }
 
 /// Writes the device tree that the guest would get.
@@ -137,14 +138,13 @@ pub fn dump_dtb(command: &RecordBuiltin, to: &Path) -> Result<u8> {
     let file = |path: &Option<PathBuf>| -> Result<Option<Arc<[u8]>>> {
         Ok(path.as_deref().map(read_file).transpose()?.map(|(_, bytes)| Arc::from(&bytes[..])))
     };
-    let is_bundled = command.bios.is_none() && command.kernel.is_none();
+    let is_bundled = is_bundled(command)?;
     let spec = MachineSpec {
         harts: command.harts,
         memory_bytes: if is_bundled { BUNDLED_MEMORY } else { command.memory },
         append: command.append.clone(),
         ..guest::spec()
     };
-    check_bundled(command, is_bundled)?;
     spec.check().map_err(|error| coded(USAGE, error.to_string()))?;
     let images = Images {
         bios: file(&command.bios)?,

@@ -23,8 +23,9 @@ use heddle_proto::verdict::on_hart;
 use heddle_replay_engine::debugger::{AccessKind, Found, Points, Session, Stop, Watchpoint};
 use std::collections::BTreeSet;
 
-/// gdb's error numbers are Linux's.
-pub(super) const EFAULT: u8 = 14;
+/// gdb's error numbers are Linux's. Of a thread that is not there:
+pub(super) const ESRCH: u8 = 3;
+const EFAULT: u8 = 14;
 const EROFS: u8 = 30;
 /// Most watchpoints: each is compared with every instruction.
 const WATCHPOINTS_MAX: usize = 64;
@@ -103,6 +104,15 @@ impl Debuggee {
                 addr: watchpoint.address,
             },
         }))
+    }
+
+    /// Reads what a hart sees of memory; how many bytes could be read.
+    pub(super) fn read_memory(&self, hart: usize, address: u64, out: &mut [u8]) -> TargetResult<usize, Self> {
+        let view = self.session.machine().view_of(hart).ok_or(TargetError::Errno(ESRCH))?;
+        match view.read(address, out) {
+            0 if !out.is_empty() => Err(TargetError::Errno(EFAULT)),
+            bytes => Ok(bytes),
+        }
     }
 
     /// Its thread, if gdb is told of more than one.
@@ -198,10 +208,7 @@ impl SingleThreadBase for Debuggee {
     }
 
     fn read_addrs(&mut self, address: u64, out: &mut [u8]) -> TargetResult<usize, Self> {
-        match self.session.machine().peek(address, out) {
-            0 if !out.is_empty() => Err(TargetError::Errno(EFAULT)),
-            bytes => Ok(bytes),
-        }
+        self.read_memory(self.session.machine().current_hart(), address, out)
     }
 
     fn write_addrs(&mut self, _: u64, bytes: &[u8]) -> TargetResult<(), Self> {

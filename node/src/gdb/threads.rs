@@ -12,7 +12,7 @@
 //! with the next order: nothing is passed over.
 
 use super::riscv::HartRegisters;
-use super::target::{Debuggee, EFAULT, Order};
+use super::target::{Debuggee, ESRCH, Order};
 use gdbstub::common::{Signal, Tid};
 use gdbstub::target::ext::base::multithread::{
     MultiThreadBase, MultiThreadResume, MultiThreadResumeOps, MultiThreadSchedulerLocking,
@@ -22,9 +22,6 @@ use gdbstub::target::ext::base::reverse_exec::{ReverseCont, ReverseContOps, Reve
 use gdbstub::target::ext::base::singlethread::SingleThreadBase;
 use gdbstub::target::{TargetError, TargetResult};
 use heddle_replay_engine::debugger::{Found, Stop};
-
-/// Linux's number for a thread that is not there.
-const ESRCH: u8 = 3;
 
 /// The thread that a hart is.
 pub(super) fn thread(hart: usize) -> Tid {
@@ -125,11 +122,7 @@ impl MultiThreadBase for Debuggee {
 
     /// As that hart sees it: each may have page tables of its own.
     fn read_addrs(&mut self, address: u64, out: &mut [u8], tid: Tid) -> TargetResult<usize, Self> {
-        let view = self.session.machine().view_of(hart(tid)).ok_or(TargetError::Errno(ESRCH))?;
-        match view.read(address, out) {
-            0 if !out.is_empty() => Err(TargetError::Errno(EFAULT)),
-            bytes => Ok(bytes),
-        }
+        self.read_memory(hart(tid), address, out)
     }
 
     fn write_addrs(&mut self, address: u64, bytes: &[u8], _: Tid) -> TargetResult<(), Self> {

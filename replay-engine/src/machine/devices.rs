@@ -157,9 +157,9 @@ impl Machine {
         self.clint.mtime((self.seen_now() / TICK_NS) as u64)
     }
 
-    /// Whether time has come to tick `compare`, if there is one; until then a timer is armed for it, unless it
-    /// is too far away ever to come. By QEMU's rule for when that is, which counts whole ticks
-    /// from now: up to a tick late.
+    /// Whether time has come to tick `compare`, if there is one; until then a timer is armed for
+    /// it, unless it is too far away ever to come. By QEMU's rule for when that is, which counts
+    /// whole ticks from now: up to a tick late.
     fn set_timer(&mut self, id: TimerId, compare: Option<u64>) -> bool {
         let ticks = compare.map(|compare| compare.saturating_sub(self.mtime()));
         let wait = ticks.map(|ticks| i64::try_from(ticks).unwrap_or(i64::MAX).saturating_mul(TICK_NS));

@@ -13,7 +13,7 @@ use heddle_replay_engine::machine::float::arithmetic::{
 use heddle_replay_engine::machine::float::compare::{class, equal, less, less_or_equal, maximum, minimum};
 use heddle_replay_engine::machine::float::convert::{Integer, from_integer, to_format, to_integer};
 use heddle_replay_engine::machine::float::{Double, Environment, Format, Rounding, Single, flag};
-use model::{DOUBLE, Datum, Exact, Layout, Operation, SINGLE};
+use model::{DOUBLE, Datum, Exact, Layout, Operation, SINGLE, converted};
 use num_bigint::BigUint;
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -191,20 +191,12 @@ fn conversions_between_formats() {
         for bits in singles(from, 3) {
             for mode in Rounding::ALL {
                 let mut env = Environment::new(mode);
-                let converted = match from {
+                let found = match from {
                     SINGLE => to_format::<Single, Double>(bits, &mut env),
                     _ => to_format::<Double, Single>(bits, &mut env),
                 };
-                let expected = match from.parse(bits) {
-                    (_, Datum::Signaling) => (to.nan(), flag::NV),
-                    (_, Datum::Quiet) => (to.nan(), 0),
-                    (negative, Datum::Infinite) => (to.sign(negative) | to.infinity(), 0),
-                    (negative, Datum::Finite(0, _)) => (to.sign(negative), 0),
-                    (negative, Datum::Finite(integer, exponent)) => {
-                        to.round(&Exact::integer(negative, BigUint::from(integer), exponent), mode)
-                    }
-                };
-                assert_eq!((converted, env.flags), expected, "{bits:#x} {mode:?}, {from:?}");
+                let expected = converted(bits, from, to, mode);
+                assert_eq!((found, env.flags), expected, "{bits:#x} {mode:?}, {from:?}");
             }
         }
     }

@@ -312,3 +312,16 @@ fn product(a: Term, b: Term) -> Term {
     };
     (a.0 != b.0, magnitude)
 }
+
+/// A number of one format in another, and the flags of it.
+pub fn converted(bits: u64, from: Layout, to: Layout, mode: Rounding) -> (u64, u8) {
+    match from.parse(bits) {
+        (_, Datum::Signaling) => (to.nan(), flag::NV),
+        (_, Datum::Quiet) => (to.nan(), 0),
+        (negative, Datum::Infinite) => (to.sign(negative) | to.infinity(), 0),
+        (negative, Datum::Finite(0, _)) => (to.sign(negative), 0),
+        (negative, Datum::Finite(integer, exponent)) => {
+            to.round(&Exact::integer(negative, BigUint::from(integer), exponent), mode)
+        }
+    }
+}

@@ -2,7 +2,7 @@
 
 use crate::encoding::opcode::*;
 use crate::interpreter::{LOAD_ACCESS, Plain, Stop, sign_extend, word};
-use crate::model::{DOUBLE, Datum, Exact, Layout, Operation, SINGLE};
+use crate::model::{DOUBLE, Datum, Exact, Layout, Operation, SINGLE, converted};
 use heddle_replay_engine::machine::float::{Rounding, flag};
 use num_bigint::BigUint;
 
@@ -214,18 +214,6 @@ fn compared(layout: Layout, a: u64, b: u64, holds: bool, is_quiet: bool) -> (u64
     let is_unordered = is_nan(layout, a) || is_nan(layout, b);
     let is_invalid = is_signaling(layout, a) || is_signaling(layout, b) || (is_unordered && !is_quiet);
     (u64::from(holds && !is_unordered), if is_invalid { flag::NV } else { 0 })
-}
-
-fn converted(bits: u64, from: Layout, to: Layout, mode: Rounding) -> (u64, u8) {
-    match from.parse(bits) {
-        (_, Datum::Signaling) => (to.nan(), flag::NV),
-        (_, Datum::Quiet) => (to.nan(), 0),
-        (negative, Datum::Infinite) => (to.sign(negative) | to.infinity(), 0),
-        (negative, Datum::Finite(0, _)) => (to.sign(negative), 0),
-        (negative, Datum::Finite(integer, exponent)) => {
-            to.round(&Exact::integer(negative, BigUint::from(integer), exponent), mode)
-        }
-    }
 }
 
 fn rounded(value: i128, to: Layout, mode: Rounding) -> (u64, u8) {
