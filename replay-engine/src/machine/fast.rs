@@ -33,6 +33,7 @@ pub(super) enum Rights {
 }
 
 const SETS: usize = 5;
+const ENTRIES: usize = SETS * TLB_ENTRIES;
 
 impl Rights {
     /// Of this mode of translated accesses, or of none.
@@ -49,18 +50,48 @@ impl Rights {
     }
 }
 
+/// Entries, and which of them are not empty: most flushes come when the guest has touched few
+/// pages since the last.
+struct Entries {
+    all: Vec<Entry>,
+    /// Places that were filled since all were empty; a place that was emptied alone may be here
+    /// twice. With [`ENTRIES`] of them it says nothing any more.
+    used: Vec<u16>,
+}
+
+impl Entries {
+    fn new() -> Entries {
+        Entries { all: vec![EMPTY; ENTRIES], used: Vec::with_capacity(ENTRIES) }
+    }
+
+    fn put(&mut self, slot: usize, entry: Entry) {
+        if self.all[slot].tag == EMPTY.tag && self.used.len() < ENTRIES {
+            self.used.push(slot as u16);
+        }
+        self.all[slot] = entry;
+    }
+
+    fn clear(&mut self) {
+        if self.used.len() < ENTRIES / 2 {
+            self.used.iter().for_each(|slot| self.all[usize::from(*slot)] = EMPTY);
+        } else {
+            self.all.fill(EMPTY);
+        }
+        self.used.clear();
+    }
+}
+
 /// The entries, of loads and of stores apart.
 pub(super) struct FastTlb {
-    loads: Vec<Entry>,
+    loads: Entries,
     /// Only of pages that take any store without telling anybody.
-    stores: Vec<Entry>,
+    stores: Entries,
     rights: Rights,
 }
 
 impl FastTlb {
     pub(super) fn new() -> FastTlb {
-        let set = || vec![EMPTY; SETS * TLB_ENTRIES];
-        FastTlb { loads: set(), stores: set(), rights: Rights::Other }
+        FastTlb { loads: Entries::new(), stores: Entries::new(), rights: Rights::Other }
     }
 
     /// From now on accesses have these rights.
@@ -72,15 +103,11 @@ impl FastTlb {
         self.rights as usize + (va >> 12) as usize % TLB_ENTRIES
     }
 
-    #[inline(always)]
-    fn set(&self, is_store: bool) -> &[Entry] {
-        if is_store { &self.stores } else { &self.loads }
-    }
-
     /// The page of RAM that `N` aligned bytes at `va` lie in, if that is known.
     #[inline(always)]
     pub(super) fn find<const N: usize>(&self, va: u64, is_store: bool) -> Option<usize> {
-        let entry = self.set(is_store).get(self.slot(va))?;
+        let entries = if is_store { &self.stores } else { &self.loads };
+        let entry = entries.all.get(self.slot(va))?;
         let page_and_low_bits = va & (!0xfff | (N as u64 - 1));
         (page_and_low_bits == entry.tag).then_some(entry.page)
     }
@@ -88,29 +115,36 @@ impl FastTlb {
     /// `va` was allowed, and lies in this page of RAM.
     pub(super) fn learn(&mut self, va: u64, page: usize, is_store: bool) {
         let slot = self.slot(va);
-        let set = if is_store { &mut self.stores } else { &mut self.loads };
+        let entries = if is_store { &mut self.stores } else { &mut self.loads };
         if self.rights != Rights::Other {
-            set[slot] = Entry { tag: va & !0xfff, page };
+            entries.put(slot, Entry { tag: va & !0xfff, page });
         }
     }
 
     /// The TLB's entry of `vpn` is another one now.
     pub(super) fn forget_entry(&mut self, vpn: u64) {
-        for set in [&mut self.loads, &mut self.stores] {
+        for entries in [&mut self.loads, &mut self.stores] {
             for rights in [Rights::User, Rights::Supervisor, Rights::SupervisorSum] {
-                set[rights as usize + vpn as usize % TLB_ENTRIES] = EMPTY;
+                entries.all[rights as usize + vpn as usize % TLB_ENTRIES] = EMPTY;
             }
         }
     }
 
     /// Nothing is known any more.
     pub(super) fn forget(&mut self) {
-        self.loads.fill(EMPTY);
-        self.forget_stores();
+        self.loads.clear();
+        self.stores.clear();
     }
 
     /// Which pages take any store is not known any more.
     pub(super) fn forget_stores(&mut self) {
-        self.stores.fill(EMPTY);
+        self.stores.clear();
+    }
+
+    /// This page does not take any store any more.
+    pub(super) fn forget_stores_to(&mut self, page: usize) {
+        for entry in self.stores.all.iter_mut().filter(|entry| entry.page == page) {
+            *entry = EMPTY;
+        }
     }
 }

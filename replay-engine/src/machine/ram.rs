@@ -141,9 +141,12 @@ impl Ram {
         &self.dirty
     }
 
-    /// Notes that a page has decoded code, so that a write to it is told.
-    pub(super) fn mark_code(&mut self, page: u32) {
-        self.flags[page as usize] |= CODE;
+    /// Notes that a page has decoded code, so that a write to it is told; whether that is new.
+    pub(super) fn mark_code(&mut self, page: u32) -> bool {
+        let flags = &mut self.flags[page as usize];
+        let is_new = *flags & CODE == 0;
+        *flags |= CODE;
+        is_new
     }
 
     /// Has every write to the page at `at` told, as if it had code.
