@@ -461,6 +461,11 @@ impl Emulator {
 
     /// Runs the guest to `until`, or to the next fixed position, fault or deadline.
     pub(crate) fn run_guest(&mut self, until: u64, world: &mut dyn World) {
+        self.run_guest_about(until, until, world);
+    }
+
+    /// The same, but `enough` are enough, and some more do no harm.
+    pub(crate) fn run_guest_about(&mut self, enough: u64, until: u64, world: &mut dyn World) {
         let before = self.machine.icount;
         let mut until = until.min(self.positions.next_after(before));
         if let Some(at) = self.capture_at.iter().copied().find(|at| *at > before) {
@@ -473,7 +478,7 @@ impl Emulator {
             until = until.min(self.machine.clock.icount_at(deadline));
         }
         let mut tape = Tape { log: &mut self.log, checks: &mut self.checks, world };
-        self.machine.run(until, &mut tape);
+        self.machine.run_about(enough, until, &mut tape);
         if self.machine.icount > before {
             if let Log::Replayer(replayer) = &mut self.log {
                 replayer.progress();

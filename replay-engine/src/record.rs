@@ -9,7 +9,7 @@ use heddle_proto::ClockKind;
 const SLICE_NS: u64 = 1_000_000;
 
 impl Emulator {
-    /// One turn of the vCPU thread's loop, of at most `instructions`.
+    /// One turn of the vCPU thread's loop, of about `instructions` at most.
     pub fn record_vcpu(&mut self, world: &mut dyn World, instructions: u64) -> Step {
         if self.has_ended {
             return Step::Ended;
@@ -31,8 +31,8 @@ impl Emulator {
         if self.machine.is_idle() {
             return if has_news { Step::Continue } else { Step::Wait };
         }
-        let until = (self.slice_start + slice).min(self.machine.icount + instructions.max(1));
-        self.run_guest(until, world);
+        let enough = (self.slice_start + slice).min(self.machine.icount.saturating_add(instructions.max(1)));
+        self.run_guest_about(enough, u64::MAX, world);
         if self.has_ended { Step::Ended } else { Step::Continue }
     }
 

@@ -13,9 +13,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Instructions between two looks at whether the other role wants the machine:
-/// some tens of microseconds.
-const RUN: u64 = 8192;
+/// Instructions of a replay between two reports of its progress, some milliseconds.
+const RUN: u64 = 1 << 20;
 /// How often a paused recording looks whether it may go on.
 const PAUSE_POLL: Duration = Duration::from_millis(5);
 /// Longest wait of the iothread, against a missed deadline of a stepped host clock.
@@ -238,7 +237,7 @@ fn record_vcpu(shared: &Shared) {
         state = pause_while_full(shared, state);
         let (was_idle, alarm) = (state.emulator.is_idle(), state.emulator.deadline(TimerClock::Host));
         let State { emulator, clocks, .. } = &mut *state;
-        let step = emulator.record_vcpu(clocks, RUN);
+        let step = emulator.record_vcpu(clocks, u64::MAX);
         state.deliver();
         // The iothread waits for the deadlines that it knows.
         let has_new_alarm = state.emulator.deadline(TimerClock::Host) != alarm;
@@ -454,7 +453,7 @@ fn replay_vcpu(shared: &Shared) {
     let mut state = shared.lock();
     loop {
         // Long runs: in replay nobody else wants the machine until the log says so.
-        let step = state.emulator.replay_vcpu(RUN * 64);
+        let step = state.emulator.replay_vcpu(RUN);
         state.deliver();
         let position = state.emulator.position();
         shared.progress.store(position.icount + position.event, Ordering::Relaxed);

@@ -60,7 +60,7 @@ use pmp::Regions;
 use ram::Ram;
 use rom::Rom;
 use rtc::Rtc;
-use run::NO_PAGE;
+use run::{Bounds, NO_PAGE};
 use serde::{Deserialize, Serialize};
 use uart::Uart;
 use virtio_block::VirtioBlock;
@@ -73,7 +73,7 @@ pub trait Outside {
     /// The value of a recorded clock, read by the instruction at `icount`.
     /// The virtual clock shows `now`.
     fn read_clock(&mut self, clock: ClockKind, now: i64, icount: u64, hart: &Hart) -> i64;
-    /// Whether the run must end after this instruction.
+    /// Whether the run must end here; asked now and then.
     fn must_stop(&mut self) -> bool;
 }
 
@@ -317,14 +317,24 @@ impl Machine {
     ///
     /// A pending kick is taken first, by [`Machine::take_kick`].
     pub fn run(&mut self, until: u64, outside: &mut dyn Outside) -> Exit {
+        self.run_within(Bounds { until, enough: until }, outside)
+    }
+
+    /// The same, but `enough` are enough: it then ends some instructions later, where that is
+    /// cheaper. Never past `until`.
+    pub(crate) fn run_about(&mut self, enough: u64, until: u64, outside: &mut dyn Outside) -> Exit {
+        self.run_within(Bounds { until, enough: enough.min(until) }, outside)
+    }
+
+    fn run_within(&mut self, bounds: Bounds, outside: &mut dyn Outside) -> Exit {
         assert!(!self.hart.kick_pending, "account_warp_timer takes kicks before guest code runs");
-        if self.icount >= until {
+        if self.icount >= bounds.enough {
             return Exit::Budget;
         }
         self.attention = true;
         match (&self.trace, &self.lookout) {
-            (None, None) => self.run_loop::<false>(until, outside),
-            _ => self.run_loop::<true>(until, outside),
+            (None, None) => self.run_loop::<false>(bounds, outside),
+            _ => self.run_loop::<true>(bounds, outside),
         }
     }
 

@@ -15,13 +15,27 @@ use super::{Exit, Machine, Outside, RAM_BASE, bits};
 /// Page numbers have 52 bits.
 pub(super) const NO_PAGE: u64 = u64::MAX;
 
+/// Instructions between two looks at whether somebody wants the run to end: some tens of
+/// microseconds.
+const LOOK: u64 = 8192;
+
+/// Where a run ends.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bounds {
+    /// Never behind this icount.
+    pub until: u64,
+    /// At the end of the first block that reaches this one: a block that is cut costs its
+    /// copy now, and the decoding of its rest when that is entered.
+    pub enough: u64,
+}
+
 impl Machine {
     /// Runs until `until` instructions have been executed in all, or a reason to leave.
     /// `TRACE`: somebody wants to see every instruction before it runs.
-    pub(super) fn run_loop<const TRACE: bool>(&mut self, until: u64, outside: &mut dyn Outside) -> Exit {
+    pub(super) fn run_loop<const TRACE: bool>(&mut self, bounds: Bounds, outside: &mut dyn Outside) -> Exit {
         // Apart from the rest of the machine while blocks of it are executed.
         let mut cache = std::mem::take(&mut self.code);
-        let exit = self.run_blocks::<TRACE>(&mut cache, until, outside);
+        let exit = self.run_blocks::<TRACE>(&mut cache, bounds, outside);
         self.code = cache;
         exit
     }
@@ -31,20 +45,22 @@ impl Machine {
     fn run_blocks<const TRACE: bool>(
         &mut self,
         cache: &mut CodeCache,
-        until: u64,
+        Bounds { until, enough }: Bounds,
         outside: &mut dyn Outside,
     ) -> Exit {
         // Here the run or the hart's turn ends. icount is `bound - left`; machine and hart have
         // it, and pc, before anybody looks.
         let mut bound = until.min(self.harts.turn_end());
         let (mut pc, mut left) = (self.hart.pc, bound.saturating_sub(self.icount));
+        // When so much is left, or less, there is a look at whether the run is to end.
+        let mut look = left;
         let mut single;
         loop {
             // Before anything is attended to: what the last instruction made pending is
             // taken at the next run's start, whoever asked this run to end.
-            if self.attention || left == 0 {
+            if self.attention || left <= look {
                 (self.hart.pc, self.icount) = (pc, bound - left);
-                if self.icount >= until {
+                if self.icount >= enough {
                     return Exit::Budget;
                 }
                 if let Some(exit) = self.attend(cache, outside) {
@@ -53,6 +69,7 @@ impl Machine {
                 pc = self.hart.pc;
                 bound = until.min(self.harts.turn_end());
                 left = bound - self.icount;
+                look = left.saturating_sub(LOOK.min(enough - self.icount));
             }
             if TRACE {
                 (self.hart.pc, self.icount) = (pc, bound - left);
@@ -319,8 +336,9 @@ impl Machine {
             if !cache.decode_block(ram_page, bytes, at) {
                 return Ok(Some(super::decode::decode(self.fetch_bits(pc)?).placed(at)));
             }
-            self.ram.mark_code(ram_page);
-            self.fast.forget_stores();
+            if self.ram.mark_code(ram_page) {
+                self.fast.forget_stores_to(ram_page as usize);
+            }
         }
         Ok(None)
     }
