@@ -15,6 +15,7 @@ pub mod guest;
 pub mod io;
 pub mod lockstep;
 pub mod machine;
+pub mod page_hash;
 pub mod page_tree;
 pub mod qemu;
 pub mod queue;

@@ -4,6 +4,7 @@
 //! A page of zeros, and a node over such pages only, has the hash [`Hash::ZERO`]
 //! and no block. A node's block is the hashes of its (at most 128) children.
 
+use crate::page_hash::page_hashes;
 use heddle_proto::Hash;
 use std::collections::BTreeSet;
 
@@ -14,19 +15,14 @@ pub const FANOUT: usize = 128;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PageTree {
     levels: Vec<Vec<Hash>>,
-    /// Pages changed since the last [`PageTree::take_changed`].
-    changed: BTreeSet<u32>,
+    /// Pages changed since the last [`PageTree::take_changed`], a bit each.
+    changed: Vec<u64>,
 }
 
 /// Asked for blocks by hash; every answer is checked against it.
 pub trait BlockSource {
     /// The blocks, in the order asked. An error says which could not be had.
     fn blocks(&mut self, hashes: &[Hash]) -> Result<Vec<Vec<u8>>, String>;
-}
-
-/// The hash of a page's bytes.
-pub fn page_hash(bytes: &[u8]) -> Hash {
-    if bytes.iter().all(|byte| *byte == 0) { Hash::ZERO } else { Hash::of(bytes) }
 }
 
 impl PageTree {
@@ -37,7 +33,7 @@ impl PageTree {
             let above = levels[levels.len() - 1].len().div_ceil(FANOUT);
             levels.push(vec![Hash::ZERO; above]);
         }
-        PageTree { levels, changed: BTreeSet::new() }
+        PageTree { levels, changed: vec![0; pages.div_ceil(64)] }
     }
 
     /// The root hash.
@@ -52,19 +48,21 @@ impl PageTree {
 
     /// Takes new hashes for some pages and rehashes the nodes above them.
     pub fn update(&mut self, pages: impl IntoIterator<Item = (u32, Hash)>) {
-        let mut dirty = BTreeSet::new();
+        let mut dirty = vec![];
         for (page, hash) in pages {
-            if self.levels[0][page as usize] != hash {
-                self.levels[0][page as usize] = hash;
-                self.changed.insert(page);
-                dirty.insert(page as usize / FANOUT);
+            let page = page as usize;
+            if self.levels[0][page] != hash {
+                self.levels[0][page] = hash;
+                self.changed[page / 64] |= 1 << (page % 64);
+                dirty.push(page);
             }
         }
         for level in 1..self.levels.len() {
-            for node in &dirty {
-                self.levels[level][*node] = Hash::of_children(self.children(level, *node));
+            dirty = above(dirty);
+            let nodes: Vec<Vec<u8>> = dirty.iter().map(|node| concat(self.children(level, *node))).collect();
+            for (node, hash) in page_hashes(dirty.iter().zip(nodes.iter().map(Vec::as_slice))) {
+                self.levels[level][*node] = hash;
             }
-            dirty = dirty.into_iter().map(|node| node / FANOUT).collect();
         }
     }
 
@@ -75,17 +73,24 @@ impl PageTree {
 
     /// Pages changed since the last call, and the blocks of all nodes above them.
     pub fn take_changed(&mut self) -> (Vec<u32>, Vec<(Hash, Vec<u8>)>) {
-        let pages: Vec<u32> = std::mem::take(&mut self.changed).into_iter().collect();
-        let mut nodes: BTreeSet<usize> = pages.iter().map(|page| *page as usize / FANOUT).collect();
+        let mut pages = vec![];
+        for (at, word) in self.changed.iter_mut().enumerate() {
+            let mut left = std::mem::take(word);
+            while left != 0 {
+                pages.push(at as u32 * 64 + left.trailing_zeros());
+                left &= left - 1;
+            }
+        }
+        let mut nodes: Vec<usize> = pages.iter().map(|page| *page as usize).collect();
         let mut blocks = vec![];
         for level in 1..self.levels.len() {
+            nodes = above(nodes);
             for node in &nodes {
                 let hash = self.levels[level][*node];
                 if hash != Hash::ZERO {
                     blocks.push((hash, concat(self.children(level, *node))));
                 }
             }
-            nodes = nodes.into_iter().map(|node| node / FANOUT).collect();
         }
         (pages, blocks)
     }
@@ -178,19 +183,15 @@ fn children_in(block: &[u8], count: usize) -> Result<Vec<Hash>, String> {
 }
 
 fn concat(hashes: &[Hash]) -> Vec<u8> {
-    hashes.iter().flat_map(|hash| hash.0).collect()
+    let mut bytes = Vec::with_capacity(hashes.len() * 32);
+    hashes.iter().for_each(|hash| bytes.extend_from_slice(&hash.0));
+    bytes
 }
 
-/// Hashing of a node's children.
-trait OfChildren {
-    fn of_children(children: &[Hash]) -> Hash;
-}
-
-impl OfChildren for Hash {
-    fn of_children(children: &[Hash]) -> Hash {
-        if children.iter().all(|child| *child == Hash::ZERO) {
-            return Hash::ZERO;
-        }
-        Hash::of(&concat(children))
-    }
+/// The nodes over these, each once, ascending.
+fn above(mut nodes: Vec<usize>) -> Vec<usize> {
+    nodes.iter_mut().for_each(|node| *node /= FANOUT);
+    nodes.sort_unstable();
+    nodes.dedup();
+    nodes
 }

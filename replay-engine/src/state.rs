@@ -7,8 +7,9 @@ pub use leaves::leaf_values;
 
 use crate::checks::Checks;
 use crate::machine::Machine;
-use crate::machine::ram::PAGE;
-use crate::page_tree::{BlockSource, PageTree, page_hash};
+use crate::machine::ram::{PAGE, Ram};
+use crate::page_hash::page_hashes;
+use crate::page_tree::{BlockSource, PageTree};
 use crate::warp::Warp;
 use heddle_proto::{Hash, Position};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -98,7 +99,7 @@ impl StateTree {
     pub fn new(machine: &Machine) -> StateTree {
         let pages = machine.ram.len() / PAGE;
         let mut ram = PageTree::new(pages);
-        ram.update(machine.ram.used().map(|page| (page, page_hash(machine.ram.page(page)))));
+        ram.update(page_hashes(machine.ram.used().map(|page| (page, machine.ram.page(page)))));
         let disks = machine.drives.iter().map(|d| PageTree::new(d.disk.blocks())).collect();
         StateTree { ram, disks }
     }
@@ -111,7 +112,7 @@ impl StateTree {
 
     fn update(&mut self, machine: &mut Machine) {
         let dirty = machine.take_dirty();
-        self.ram.update(dirty.iter().map(|page| (*page, page_hash(machine.ram.page(*page)))));
+        self.ram.update(page_hashes(dirty.into_iter().map(|page| (page, machine.ram.page(page)))));
         for (tree, drive) in self.disks.iter_mut().zip(&mut machine.drives) {
             let dirty = drive.disk.take_dirty();
             let hash = |block| drive.disk.overlay_block(block).map_or(Hash::ZERO, Hash::of);
@@ -194,7 +195,7 @@ impl StateTree {
         if snapshot.ram_pages != (machine.ram.len() / PAGE) as u64 || !disks_agree {
             return Err("snapshot is of a machine with other RAM or disks than the manifest's".into());
         }
-        machine.ram = crate::machine::ram::Ram::new(machine.ram.len());
+        machine.ram = Ram::new(machine.ram.len());
         let ram = PageTree::restore(snapshot.ram_pages as usize, snapshot.ram, source, |page, bytes| {
             let at = u64::from(page) * PAGE as u64;
             let whole = bytes.len() == PAGE;

@@ -14,7 +14,8 @@ use anyhow::{Context, Result, anyhow, ensure};
 use bytes::Bytes;
 use heddle_proto::qemu::QemuSpec;
 use heddle_proto::{Hash, Position, v1};
-use heddle_replay_engine::page_tree::{BlockSource, PageTree, page_hash};
+use heddle_replay_engine::page_hash::{page_hash, page_hashes};
+use heddle_replay_engine::page_tree::{BlockSource, PageTree};
 use heddle_replay_engine::qemu::vmstate::{self, PAGE, VmState, WithoutRam};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -118,9 +119,9 @@ pub fn capture(tracker: &mut Tracker, name: &str, vm_state: &Path, disks: &[Path
         if *bytes != block.bytes {
             (*bytes, *tree) = fresh();
         }
-        let pages = (0..block.pages.len())
-            .map(|page| (page as u32, state.page(index, page).map_or(Hash::ZERO, page_hash)));
-        tree.update(pages);
+        let pages =
+            (0..block.pages.len()).map(|page| (page as u32, state.page(index, page).unwrap_or_default()));
+        tree.update(page_hashes(pages));
         let (changed, nodes) = tree.take_changed();
         for page in changed {
             if let Some(bytes) = state.page(index, page as usize).filter(|_| tree.page(page) != Hash::ZERO) {
