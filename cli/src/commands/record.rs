@@ -19,9 +19,12 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 /// Instructions between checks.
-pub const CHECK_EVERY: u64 = 1_000_000;
-/// Instructions between digests.
-pub const DIGEST_EVERY: u64 = 10_000_000;
+const CHECK_EVERY: u64 = 1_000_000;
+/// Instructions between digests, at most: a tenth of a second of replaying. Each hashes what was
+/// written since the last one, and a guest writes to the same pages again and again.
+const DIGEST_EVERY: u64 = 50_000_000;
+/// Instructions between snapshots are a multiple of so many, and so are those between digests.
+const POSITION_GRAIN: u64 = 10_000_000;
 /// RAM of the bundled guest.
 const BUNDLED_MEMORY: u64 = 16 << 20;
 
@@ -84,6 +87,22 @@ pub fn open_terminal(
     })
 }
 
+/// Where a recording with such snapshots has its checks and digests: as many of these as there
+/// may be at most, and one at each snapshot.
+pub fn positions(snapshot_every: u64) -> Positions {
+    let digests_in = |every: u64| snapshot_every % every == 0;
+    let digest_every = (1..=DIGEST_EVERY / POSITION_GRAIN)
+        .rev()
+        .map(|grains| grains * POSITION_GRAIN)
+        .find(|every| digests_in(*every));
+    Positions {
+        check_every: CHECK_EVERY,
+        digest_every: digest_every.unwrap_or(POSITION_GRAIN),
+        snapshot_every,
+        snapshots_at: vec![],
+    }
+}
+
 fn request(command: &RecordBuiltin, outbox_dir: PathBuf) -> Result<RecordRequest> {
     let file = |path: &Option<PathBuf>| path.as_deref().map(read_file).transpose();
     let is_bundled = is_bundled(command)?;
@@ -94,8 +113,8 @@ fn request(command: &RecordBuiltin, outbox_dir: PathBuf) -> Result<RecordRequest
     } else {
         file(&command.kernel)?
     };
-    if command.snapshot_every % DIGEST_EVERY != 0 {
-        return Err(coded(USAGE, format!("--snapshot-every must be a multiple of {DIGEST_EVERY}")));
+    if command.snapshot_every % POSITION_GRAIN != 0 {
+        return Err(coded(USAGE, format!("--snapshot-every must be a multiple of {POSITION_GRAIN}")));
     }
     Ok(RecordRequest {
         name: command.common.name.clone(),
@@ -113,12 +132,7 @@ fn request(command: &RecordBuiltin, outbox_dir: PathBuf) -> Result<RecordRequest
         netdev: command.netdev.clone(),
         has_rng: command.rng,
         has_virtio_console: command.virtio_console,
-        positions: Positions {
-            check_every: CHECK_EVERY,
-            digest_every: DIGEST_EVERY,
-            snapshot_every: command.snapshot_every,
-            snapshots_at: vec![],
-        },
+        positions: positions(command.snapshot_every),
         outbox_dir,
         outbox_bytes: command.common.outbox_bytes,
     })

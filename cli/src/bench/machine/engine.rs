@@ -3,13 +3,13 @@
 use super::compute::Parameters;
 use crate::bench::cost::{Cost, Meter, cpu_of_parts};
 use crate::cluster::Cluster;
-use crate::commands::record::{CHECK_EVERY, DIGEST_EVERY};
+use crate::commands::record::positions;
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use heddle_node::blocks::BlockCache;
 use heddle_node::record::{Console, NamedFile, RecordRequest, Watermarks, record};
 use heddle_node::replay::{Control, Span, replay};
-use heddle_proto::manifest::{MachineSpec, Positions, Sleep};
+use heddle_proto::manifest::{MachineSpec, Sleep};
 use heddle_proto::verdict::TaskResult;
 use heddle_proto::{RecordingId, v1};
 use heddle_replay_engine::bare::{Bare, Pause};
@@ -256,12 +256,7 @@ impl Recorder {
             netdev: None,
             has_rng: false,
             has_virtio_console: false,
-            positions: Positions {
-                check_every: CHECK_EVERY,
-                digest_every: DIGEST_EVERY,
-                snapshot_every,
-                snapshots_at: vec![],
-            },
+            positions: positions(snapshot_every),
             outbox_dir: self.client.outbox_dir.clone(),
             outbox_bytes: OUTBOX_BYTES,
         }

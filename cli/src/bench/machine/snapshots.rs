@@ -3,9 +3,9 @@
 use super::engine::Guest;
 use crate::bench::Rows;
 use crate::bench::cost::middle;
-use crate::commands::record::{CHECK_EVERY, DIGEST_EVERY};
+use crate::commands::record::positions;
 use anyhow::{Result, bail, ensure};
-use heddle_proto::manifest::{Positions, Sleep};
+use heddle_proto::manifest::Sleep;
 use heddle_replay_engine::machine::{Exit, Machine, Nobody};
 use heddle_replay_engine::{AsyncQueue, Emulator};
 use std::time::Instant;
@@ -41,14 +41,8 @@ pub fn snapshots(rows: &mut Rows) -> Result<()> {
 
 /// Seconds of a snapshot after `pages` were written, the middle of several.
 fn seconds(pages: u64) -> Result<f64> {
-    let positions = Positions {
-        check_every: CHECK_EVERY,
-        digest_every: DIGEST_EVERY,
-        snapshot_every: 0,
-        snapshots_at: vec![],
-    };
     let machine = Guest::writing(pages).machine()?;
-    let mut emulator = Emulator::record(machine, positions, Sleep::Off, AsyncQueue::default());
+    let mut emulator = Emulator::record(machine, positions(0), Sleep::Off, AsyncQueue::default());
     // The first has the guest's image, too.
     run_to(emulator.machine_mut(), BEGINNING)?;
     write_all(emulator.machine_mut(), pages)?;
@@ -89,6 +83,7 @@ fn run_to(machine: &mut Machine, until: u64) -> Result<()> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use heddle_proto::manifest::Positions;
 
     #[test]
     fn a_round_writes_to_each_page_once() {
