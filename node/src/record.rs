@@ -50,6 +50,8 @@ pub struct RecordRequest {
     pub initrd: Option<NamedFile>,
     /// Device tree, if not the machine's own.
     pub dtb: Option<NamedFile>,
+    /// What the `rng-seed` of the machine's own device tree is made from, if it is to have one.
+    pub seed: Option<u64>,
     /// Kernel command line.
     pub append: String,
     /// Disks.
@@ -225,6 +227,7 @@ async fn prepare(store: &StoreClient, request: &RecordRequest) -> Result<(Manife
                 kernel,
                 initrd,
                 dtb,
+                seed: request.seed,
                 append: request.append.clone(),
                 drives,
                 devices: devices(request),

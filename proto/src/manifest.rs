@@ -6,11 +6,12 @@ use std::collections::BTreeMap;
 
 /// Largest encoded manifest.
 pub const MANIFEST_BYTES_MAX: usize = 64 << 10;
-/// The manifest's version. 3 added [`MachineSpec::devices`] and 4 [`MachineSpec::harts`], which
-/// a build that reads only older ones would pass over in silence; a newer one is refused by its
-/// number.
-pub const MANIFEST_VERSION: u32 = 5;
-/// The oldest version that is still read: its machines have one hart, and disks alone.
+/// The manifest's version. 3 added [`MachineSpec::devices`], 4 [`MachineSpec::harts`], 5
+/// [`MachineSpec::dtb`] and 6 [`MachineSpec::seed`], which a build that reads only older ones
+/// would pass over in silence; a newer one is refused by its number.
+pub const MANIFEST_VERSION: u32 = 6;
+/// The oldest version that is still read: its machines have one hart, disks alone, and their own
+/// device tree without a seed.
 pub const MANIFEST_VERSION_OLDEST: u32 = 2;
 
 /// What was recorded, on what, and how.
@@ -69,6 +70,9 @@ pub struct MachineSpec {
     /// Device tree, if not the machine's own.
     #[serde(default)]
     pub dtb: Option<Image>,
+    /// What the `rng-seed` of the machine's own device tree is made from; without it there is none.
+    #[serde(default)]
+    pub seed: Option<u64>,
     /// Kernel command line.
     #[serde(default)]
     pub append: String,
@@ -257,7 +261,10 @@ impl MachineSpec {
         let used = m.drives.len() + m.devices.len();
         bound(used <= VIRTIO_SLOTS, "drives and devices", used as u64, "at most 8 together")?;
         let is_twice = (1..m.devices.len()).any(|i| m.devices[..i].contains(&m.devices[i]));
-        bound(!is_twice, "devices", m.devices.len() as u64, "each at most once")
+        bound(!is_twice, "devices", m.devices.len() as u64, "each at most once")?;
+        // A tree that is given is taken as it is: the seed would be nowhere.
+        let is_nowhere = m.seed.is_some() && m.dtb.is_some();
+        bound(!is_nowhere, "seed", m.seed.unwrap_or(0), "none where a device tree is given")
     }
 }
 
@@ -276,13 +283,16 @@ mod tests {
         "shift":3,"sleep":"on","bios":null,"kernel":null,"initrd":null,"append":"","drives":[]},
         "positions":{"check_every":1000000,"digest_every":10000000,"snapshot_every":0,"snapshots_at":[]}}}}"#;
 
+    fn empty(name: &str) -> Image {
+        Image { hash: Hash::ZERO, bytes: 0, index: Hash::ZERO, name: name.into() }
+    }
+
     fn with_devices(devices: &[Device], drives: usize) -> Result<Manifest, ManifestError> {
         let mut manifest = Manifest::decode(OLDER.as_bytes()).unwrap();
         manifest.version = MANIFEST_VERSION;
-        let image = Image { hash: Hash::ZERO, bytes: 0, index: Hash::ZERO, name: "disk".into() };
         if let EmulatorSpec::Builtin { machine, .. } = &mut manifest.emulator {
             machine.devices = devices.to_vec();
-            machine.drives = vec![image; drives];
+            machine.drives = vec![empty("disk"); drives];
         }
         Manifest::decode(&manifest.encode())
     }
@@ -296,12 +306,13 @@ mod tests {
         let old = Manifest::decode(old.as_bytes()).unwrap();
         assert_eq!((old.version, &old.builtin().unwrap().0.devices[..]), (3, &[Device::Rng][..]));
         for manifest in [older, old] {
-            assert_eq!(manifest.builtin().unwrap().0.harts, 1);
+            let (machine, _) = manifest.builtin().unwrap();
+            assert_eq!((machine.harts, &machine.dtb, machine.seed), (1, &None, None));
         }
         for version in [1, MANIFEST_VERSION + 1] {
             let other = OLDER.replacen("2", &version.to_string(), 1);
             let error = Manifest::decode(other.as_bytes()).unwrap_err().to_string();
-            assert!(error.contains(&format!("version {version}; this build reads 2 to 5")), "{error}");
+            assert!(error.contains(&format!("version {version}; this build reads 2 to 6")), "{error}");
         }
     }
 
@@ -320,6 +331,33 @@ mod tests {
             let error = with(harts).unwrap_err().to_string();
             assert_eq!(error, format!("manifest's harts is {harts}: from 1 to 8"));
         }
+    }
+
+    #[test]
+    fn a_manifest_of_version_5_has_a_device_tree_and_no_seed() {
+        let dtb = serde_json::to_string(&empty("dtb")).unwrap();
+        let old = OLDER.replacen("2", "5", 1).replace("\"append\"", &format!("\"dtb\":{dtb},\"append\""));
+        let old = Manifest::decode(old.as_bytes()).unwrap();
+        let (machine, _) = old.builtin().unwrap();
+        assert_eq!((old.version, &machine.dtb, machine.seed), (5, &Some(empty("dtb")), None));
+    }
+
+    #[test]
+    fn a_seed_is_for_the_machines_own_device_tree() {
+        let with = |seed: u64, dtb: Option<Image>| {
+            let mut manifest = Manifest::decode(OLDER.as_bytes()).unwrap();
+            manifest.version = MANIFEST_VERSION;
+            if let EmulatorSpec::Builtin { machine, .. } = &mut manifest.emulator {
+                machine.seed = Some(seed);
+                machine.dtb = dtb;
+            }
+            Manifest::decode(&manifest.encode()).map(|manifest| manifest.builtin().unwrap().0.seed)
+        };
+        for seed in [0, 7, u64::MAX] {
+            assert_eq!(with(seed, None).unwrap(), Some(seed));
+        }
+        let error = with(7, Some(empty("dtb"))).unwrap_err().to_string();
+        assert_eq!(error, "manifest's seed is 7: none where a device tree is given");
     }
 
     #[test]

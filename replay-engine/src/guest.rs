@@ -45,6 +45,7 @@ pub fn spec() -> MachineSpec {
         kernel: Some(image("loom.elf", LOOM_ELF)),
         initrd: None,
         dtb: None,
+        seed: None,
         append: String::new(),
         drives: vec![image("loom.disk", &disk())],
         devices: vec![],

@@ -374,6 +374,7 @@ fn a_damaged_elf_is_an_error_and_never_a_panic() {
         kernel: None,
         initrd: None,
         dtb: None,
+        seed: None,
         append: String::new(),
         drives: vec![],
         devices: vec![],

@@ -1,6 +1,7 @@
 //! `heddle run`: bare programs, how they end, and what is said when they can't.
 #![allow(clippy::unwrap_used)]
 
+use heddle_replay_engine::machine::fdt::rng_seed;
 use heddle_tests::{Embedded, Said, run, skip};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -301,6 +302,55 @@ fn as_many_harts_run_as_are_asked_for() {
     assert_eq!((&second["pc"], &second["turn"]), (&harts[2]["pc"], &state["hart"]), "{second}");
     let refused = embedded.heddle(&["state", "three", "--at", "46", "--hart", "3"]).expect(2);
     assert!(refused.err.contains("has 3 harts, numbers 0 to 2"), "{}", refused.err);
+}
+
+#[test]
+fn a_seed_is_in_the_device_tree_and_a_replay_has_it_from_the_manifest() {
+    let Some(assembler) = Assembler::new() else { return };
+    let word = |at: usize| i32::from_le_bytes(rng_seed(7)[at..at + 4].try_into().unwrap());
+    // Looks for the first eight bytes, through 64 KiB from the tree on.
+    let code = format!(
+        "li t1, {}\nli t2, {}\nli t3, 16384
+        1: lw t4, 0(a1)\nlw t5, 4(a1)\naddi a1, a1, 4\nbne t4, t1, 2f\nbeq t5, t2, 3f
+        2: addi t3, t3, -1\nbnez t3, 1b\n{}\n3: {}",
+        word(0),
+        word(4),
+        finisher(0x2a_3333),
+        finisher(0x5555)
+    );
+    let elf = assembler.elf("seeded", BASE, &code);
+    heddle(&elf, &["--seed", "7"], b"").expect(0);
+    heddle(&elf, &["--seed", "8"], b"").expect(42);
+    heddle(&elf, &[], b"").expect(42);
+    let (embedded, path) = (Embedded::default(), elf.to_str().unwrap());
+    let record = ["record", "builtin", "--name", "seeded", "--seed", "7", "--kernel", path];
+    embedded.heddle(&record).expect(0);
+    let described = embedded.heddle(&["describe", "recording", "seeded", "-o", "json"]).expect(0).json();
+    assert_eq!(described["emulator"]["builtin"]["machine"]["seed"], 7, "{described}");
+    assert_eq!(embedded.heddle(&["replay", "seeded", "-o", "json"]).expect(0).json()["verdict"], "match");
+}
+
+#[test]
+fn a_seed_is_for_the_machines_own_device_tree_alone() {
+    let (embedded, dir) = (Embedded::default(), TempDir::new().unwrap());
+    let file = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    let builtin = |option: &str, value: &str, more: &[&str]| {
+        embedded.heddle(&[&["record", "builtin", option, value][..], more].concat())
+    };
+    let (plain, seeded) = (file("plain.dtb"), file("seeded.dtb"));
+    builtin("--dump-dtb", &plain, &[]).expect(0);
+    builtin("--dump-dtb", &seeded, &["--seed", "7"]).expect(0);
+    let has = |path: &str, bytes: &[u8]| {
+        let tree = std::fs::read(path).unwrap();
+        tree.windows(bytes.len()).any(|found| found == bytes)
+    };
+    assert!(has(&seeded, b"rng-seed") && has(&seeded, &rng_seed(7)));
+    assert!(!has(&plain, b"rng-seed"));
+    let both = ["--seed", "7", "--dtb", plain.as_str()];
+    for (option, value) in [("--dump-dtb", file("both.dtb")), ("--name", "both".to_string())] {
+        let said = builtin(option, &value, &both).expect(2).err;
+        assert!(said.contains("--seed 7") && said.contains(&plain) && said.contains("/chosen"), "{said}");
+    }
 }
 
 #[test]

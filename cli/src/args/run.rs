@@ -21,6 +21,10 @@ pub struct Run {
     /// Guest RAM: 16M, 1G.
     #[arg(long, default_value = "128M", value_parser = parse_memory)]
     pub memory: u64,
+    /// Put an `rng-seed` made from this number into the device tree, as `heddle record builtin
+    /// --seed` does. Guests of one seed have the same: nothing for secrets.
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
     /// Give up after so many instructions.
     #[arg(long, value_name = "N")]
     pub max_instructions: Option<u64>,

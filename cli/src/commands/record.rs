@@ -105,7 +105,7 @@ pub fn positions(snapshot_every: u64) -> Positions {
 
 fn request(command: &RecordBuiltin, outbox_dir: PathBuf) -> Result<RecordRequest> {
     let file = |path: &Option<PathBuf>| path.as_deref().map(read_file).transpose();
-    let is_bundled = is_bundled(command)?;
+    let (is_bundled, seed) = (is_bundled(command)?, seed(command)?);
     let mut drives = command.drives.iter().map(|path| read_file(path)).collect::<Result<Vec<_>>>()?;
     let kernel = if is_bundled {
         drives.insert(0, ("loom.disk".into(), Bytes::from(guest::disk())));
@@ -127,6 +127,7 @@ fn request(command: &RecordBuiltin, outbox_dir: PathBuf) -> Result<RecordRequest
         kernel,
         initrd: file(&command.initrd)?,
         dtb: file(&command.dtb)?,
+        seed,
         append: command.append.clone(),
         drives,
         netdev: command.netdev.clone(),
@@ -147,6 +148,19 @@ fn is_bundled(command: &RecordBuiltin) -> Result<bool> {
     Ok(is_bundled)
 }
 
+/// The seed of the machine's own device tree; one that is given is taken as it is.
+fn seed(command: &RecordBuiltin) -> Result<Option<u64>> {
+    if let (Some(seed), Some(dtb)) = (command.seed, &command.dtb) {
+        let text = format!(
+            "--seed {seed}: the device tree of --dtb {} is taken as it is; give it an rng-seed of its own, \
+             under /chosen, or leave out one of the two",
+            dtb.display()
+        );
+        return Err(coded(USAGE, text));
+    }
+    Ok(command.seed)
+}
+
 /// Writes the device tree that the guest would get.
 pub fn dump_dtb(command: &RecordBuiltin, to: &Path) -> Result<u8> {
     let file = |path: &Option<PathBuf>| -> Result<Option<Arc<[u8]>>> {
@@ -156,6 +170,7 @@ pub fn dump_dtb(command: &RecordBuiltin, to: &Path) -> Result<u8> {
     let spec = MachineSpec {
         harts: command.harts,
         memory_bytes: if is_bundled { BUNDLED_MEMORY } else { command.memory },
+        seed: seed(command)?,
         append: command.append.clone(),
         ..guest::spec()
     };

@@ -36,7 +36,7 @@ fn run_here(command: &Run) -> Result<u8> {
         Some(file) => Some((file, signature_of(&command.elf, &elf)?)),
         None => None,
     };
-    let machine = load(&command.elf, elf, command.harts, command.memory)?;
+    let machine = load(command, elf)?;
     let epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut guest = Bare::new(machine, epoch.as_nanos() as i64);
     let mut input = if command.console { Some(standard_input()?) } else { None };
@@ -94,22 +94,23 @@ fn signature_of(path: &Path, elf: &[u8]) -> Result<Range<u64>> {
     place.ok_or_else(|| refused(path, "it has no signature: from begin_signature to end_signature"))
 }
 
-fn load(path: &Path, elf: Vec<u8>, harts: u32, memory_bytes: u64) -> Result<Machine> {
+fn load(command: &Run, elf: Vec<u8>) -> Result<Machine> {
     let spec = MachineSpec {
-        harts,
-        memory_bytes,
+        harts: command.harts,
+        memory_bytes: command.memory,
         shift: SHIFT,
         sleep: Sleep::Off,
         bios: None,
         kernel: None,
         initrd: None,
         dtb: None,
+        seed: command.seed,
         append: String::new(),
         drives: vec![],
         devices: vec![],
     };
     let images = Images { kernel: Some(Arc::from(elf)), ..Images::default() };
-    loader::build(&spec, &images).map_err(|error| refused(path, &error.to_string()))
+    loader::build(&spec, &images).map_err(|error| refused(&command.elf, &error.to_string()))
 }
 
 /// Standard input, piece by piece, from a thread that waits for it.

@@ -11,6 +11,8 @@ const FDT_MAGIC: u32 = 0xd00d_feed;
 const FDT_HEAD: u32 = 40;
 /// Most bytes of a blob: what Linux maps for it.
 const FDT_MAX: u32 = 2 << 20;
+/// What sets the bytes of `rng-seed` apart from all else that is derived from a number.
+const SEED_CONTEXT: &str = "heddle 2026-12-01 /chosen/rng-seed of the built-in machine";
 /// CLINT ticks a second.
 const TIMEBASE_HZ: u32 = 10_000_000;
 /// The instruction set: its base, the extensions that have a letter, and the others in their
@@ -37,12 +39,13 @@ fn extended(harts: u32, interrupts: [u32; 2]) -> Vec<u32> {
 }
 
 /// The blob for a machine of so many harts and `memory_bytes`, with an initrd at `initrd` (from,
-/// to).
+/// to), and with [`rng_seed`] of `seed` for the kernel's random numbers, if there is one.
 pub fn build(
     harts: u32,
     memory_bytes: u64,
     append: &str,
     initrd: Option<(u64, u64)>,
+    seed: Option<u64>,
 ) -> Result<Vec<u8>, Error> {
     let mut fdt = FdtWriter::new()?;
     let root = fdt.begin_node("")?;
@@ -58,6 +61,9 @@ pub fn build(
         fdt.property_u64("linux,initrd-start", from)?;
         fdt.property_u64("linux,initrd-end", to)?;
     }
+    if let Some(seed) = seed {
+        fdt.property("rng-seed", &rng_seed(seed))?;
+    }
     fdt.end_node(chosen)?;
 
     let memory = fdt.begin_node(&format!("memory@{RAM_BASE:x}"))?;
@@ -70,6 +76,13 @@ pub fn build(
     soc(&mut fdt, harts)?;
     fdt.end_node(root)?;
     fdt.finish()
+}
+
+/// The bytes of `/chosen/rng-seed`, as many as QEMU's `virt` has: BLAKE3's `derive_key` in the
+/// context `SEED_CONTEXT`, of the seed's eight bytes, little-endian. A manifest has the number
+/// alone, from which a replay makes them again, so that they never change.
+pub fn rng_seed(seed: u64) -> [u8; 32] {
+    blake3::derive_key(SEED_CONTEXT, &seed.to_le_bytes())
 }
 
 /// The blob that a file holds, without what follows it: by the head that the Devicetree
@@ -216,4 +229,74 @@ fn device(
         fdt.property_u32("clock-frequency", hz)?;
     }
     fdt.end_node(node)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    const BEGIN_NODE: usize = 1;
+    const END_NODE: usize = 2;
+    const PROPERTY: usize = 3;
+
+    fn tree(seed: Option<u64>) -> Vec<u8> {
+        build(2, 128 << 20, "console=ttyS0", Some((RAM_BASE, RAM_BASE + 4096)), seed).unwrap()
+    }
+
+    fn word(blob: &[u8], at: usize) -> usize {
+        u32::from_be_bytes(blob[at..at + 4].try_into().unwrap()) as usize
+    }
+
+    fn text(blob: &[u8], at: usize) -> &str {
+        let bytes = blob[at..].split(|byte| *byte == 0).next().unwrap();
+        std::str::from_utf8(bytes).unwrap()
+    }
+
+    /// All properties of a blob: the path, and the value.
+    fn properties(blob: &[u8]) -> Vec<(String, &[u8])> {
+        let (mut at, strings) = (word(blob, 8), word(blob, 12));
+        let (mut path, mut found) = (vec![], vec![]);
+        loop {
+            let token = word(blob, at);
+            at += 4;
+            match token {
+                BEGIN_NODE => {
+                    let name = text(blob, at);
+                    path.push(name);
+                    at = (at + name.len() + 1).next_multiple_of(4);
+                }
+                END_NODE => _ = path.pop(),
+                PROPERTY => {
+                    let (bytes, name) = (word(blob, at), text(blob, strings + word(blob, at + 4)));
+                    at += 8;
+                    found.push((format!("{}/{name}", path.join("/")), &blob[at..at + bytes]));
+                    at = (at + bytes).next_multiple_of(4);
+                }
+                _ => return found,
+            }
+        }
+    }
+
+    #[test]
+    fn a_seed_adds_its_bytes_to_chosen_and_changes_nothing_else() {
+        let (without, with) = (tree(None), tree(Some(7)));
+        let (without, mut with) = (properties(&without), properties(&with));
+        let is_seed = |(path, _): &(String, &[u8])| path == "/chosen/rng-seed";
+        assert!(!without.is_empty() && !without.iter().any(is_seed));
+        let at = with.iter().position(is_seed).unwrap();
+        assert_eq!(with.remove(at).1, &rng_seed(7)[..]);
+        assert_eq!(with, without);
+        assert_ne!(tree(Some(7)), tree(Some(8)));
+    }
+
+    /// As another implementation of BLAKE3 has them. With other bytes, what is recorded would no
+    /// longer replay.
+    #[test]
+    fn the_bytes_of_a_seed_stay_what_they_are() {
+        let hex = |seed| -> String { rng_seed(seed).iter().map(|byte| format!("{byte:02x}")).collect() };
+        assert_eq!(hex(0), "efb53a66d5436985dcdac23ca69e5bc8a2c6c382adc0e53ad9f24c511313cccd");
+        assert_eq!(hex(7), "b5cd87cf61d19243413c2e0d815edc30567d9b28c32cea9ca1c6b9dbb1a182dd");
+        assert_eq!(hex(u64::MAX), "e2c553420d8f7e272658730f595bed4311a531581e73d82ec12ccd1522ab9461");
+    }
 }

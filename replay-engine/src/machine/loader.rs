@@ -126,7 +126,7 @@ fn device_tree_of(
 ) -> Result<Vec<u8>, LoadError> {
     match &images.dtb {
         Some(dtb) => Ok(fdt::check(dtb).map_err(LoadError::BadFdt)?.to_vec()),
-        None => Ok(fdt::build(spec.harts, spec.memory_bytes, &spec.append, initrd)?),
+        None => Ok(fdt::build(spec.harts, spec.memory_bytes, &spec.append, initrd, spec.seed)?),
     }
 }
 

@@ -85,12 +85,12 @@ pub(super) fn check_device_tree(bytes: &[u8]) -> bool {
 }
 
 pub(super) fn device_tree_seeds() -> Vec<Vec<u8>> {
-    let tree = |harts: u32, append: &str| {
-        let spec = MachineSpec { harts, append: append.into(), ..spec() };
+    let tree = |harts: u32, append: &str, seed: Option<u64>| {
+        let spec = MachineSpec { harts, append: append.into(), seed, ..spec() };
         let images = Images { initrd: Some(Arc::from([7; 100])), ..images(guest::LOOM_ELF) };
         loader::device_tree(&spec, &images).expect("the bundled guest fits")
     };
-    vec![tree(1, ""), [tree(3, "console=ttyS0"), vec![0; 64]].concat()]
+    vec![tree(1, "", None), [tree(3, "console=ttyS0", Some(7)), vec![0; 64]].concat()]
 }
 
 /// A snapshot at power-on of so many harts, and its blocks, the root first.

@@ -251,6 +251,7 @@ impl Recorder {
             kernel: guest.kernel.clone(),
             initrd: guest.initrd.clone(),
             dtb: None,
+            seed: None,
             append: guest.append.clone(),
             drives: vec![],
             netdev: None,
