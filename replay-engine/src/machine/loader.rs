@@ -72,6 +72,9 @@ pub enum LoadError {
         /// What is wrong.
         why: String,
     },
+    /// The host has no room for the RAM.
+    #[error("the host gives no {0} bytes for the guest's RAM; give it less --memory")]
+    Memory(u64),
     /// Without firmware, the kernel must be an ELF.
     #[error("without firmware the kernel must be an ELF; give --bios for a raw image")]
     RawWithoutFirmware,
@@ -83,9 +86,13 @@ pub enum LoadError {
     Fdt(#[from] vm_fdt::Error),
 }
 
+fn ram_of(spec: &MachineSpec) -> Result<Ram, LoadError> {
+    Ram::allocate(spec.memory_bytes as usize).ok_or(LoadError::Memory(spec.memory_bytes))
+}
+
 /// Builds the machine at power-on.
 pub fn build(spec: &MachineSpec, images: &Images) -> Result<Machine, LoadError> {
-    let mut layout = Layout { ram: Ram::new(spec.memory_bytes as usize), taken: vec![] };
+    let mut layout = Layout { ram: ram_of(spec)?, taken: vec![] };
     let Placed { entry, kernel_entry, initrd } = layout.place_images(spec, images)?;
     let fdt = device_tree_of(spec, images, initrd)?;
     let end = RAM_BASE + spec.memory_bytes;
@@ -114,7 +121,7 @@ pub fn build(spec: &MachineSpec, images: &Images) -> Result<Machine, LoadError> 
 
 /// The device tree that a machine's guest gets: the one given, as it is, or else the machine's own.
 pub fn device_tree(spec: &MachineSpec, images: &Images) -> Result<Vec<u8>, LoadError> {
-    let mut layout = Layout { ram: Ram::new(spec.memory_bytes as usize), taken: vec![] };
+    let mut layout = Layout { ram: ram_of(spec)?, taken: vec![] };
     let placed = layout.place_images(spec, images)?;
     device_tree_of(spec, images, placed.initrd)
 }

@@ -1,5 +1,7 @@
 //! Guest RAM: bytes, which pages were written, and which hold decoded code.
 
+use zerocopy::FromZeros;
+
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
 
@@ -23,11 +25,18 @@ pub struct Ram {
 }
 
 impl Ram {
-    /// `bytes` of zeros, a multiple of [`PAGE`].
+    /// `bytes` of zeros, a multiple of [`PAGE`]. Panics where the host has no room for them: for
+    /// checks, and where there was as much before.
     pub fn new(bytes: usize) -> Ram {
+        Ram::allocate(bytes).unwrap_or_else(|| panic!("no {bytes} bytes of memory for a guest's RAM"))
+    }
+
+    /// The same; none, if the host does not give so much. Pages cost nothing until they are
+    /// touched: a vector of copies of a page would touch them all.
+    pub fn allocate(bytes: usize) -> Option<Ram> {
         assert!(bytes % PAGE == 0, "the manifest bounds memory to whole pages");
-        let pages = bytes / PAGE;
-        Ram { pages: vec![[0; PAGE]; pages], flags: vec![0; pages], dirty: vec![], stale_code: vec![] }
+        let pages = <[u8; PAGE]>::new_vec_zeroed(bytes / PAGE).ok()?;
+        Some(Ram { flags: vec![0; pages.len()], pages, dirty: vec![], stale_code: vec![] })
     }
 
     /// Its size.
