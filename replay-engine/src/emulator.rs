@@ -91,8 +91,8 @@ impl Emulator {
         Emulator::new(machine, Log::Replayer(replayer), positions, sleep, build)
     }
 
-    fn new(machine: Machine, log: Log, positions: Positions, sleep: Sleep, build: Build) -> Emulator {
-        let tree = StateTree::new(&machine);
+    fn new(mut machine: Machine, log: Log, positions: Positions, sleep: Sleep, build: Build) -> Emulator {
+        let tree = StateTree::new(&mut machine);
         Emulator {
             machine,
             log,

@@ -95,11 +95,13 @@ pub struct Rest {
 }
 
 impl StateTree {
-    /// The tree of `machine`, all of whose pages that were ever written are looked at.
-    pub fn new(machine: &Machine) -> StateTree {
+    /// The tree of `machine`, all of whose pages that were ever written are looked at: none of
+    /// them is dirty then.
+    pub fn new(machine: &mut Machine) -> StateTree {
         let pages = machine.ram.len() / PAGE;
         let mut ram = PageTree::new(pages);
         ram.update(page_hashes(machine.ram.used().map(|page| (page, machine.ram.page(page)))));
+        machine.take_dirty();
         let disks = machine.drives.iter().map(|d| PageTree::new(d.disk.blocks())).collect();
         StateTree { ram, disks }
     }

@@ -97,7 +97,7 @@ pub(super) fn device_tree_seeds() -> Vec<Vec<u8>> {
 pub(super) fn snapshot_of(harts: u32) -> (Snapshot, Vec<Vec<u8>>) {
     let mut machine = machine(harts);
     let rest = Rest { warp: Warp::default(), is_started: false };
-    let mut tree = StateTree::new(&machine);
+    let mut tree = StateTree::new(&mut machine);
     let snapshot = tree.snapshot(&mut machine, &rest, Checks::default(), 0);
     let blocks = snapshot.blocks.iter().rev().map(|(_, block)| block.clone()).collect();
     (snapshot, blocks)
