@@ -11,6 +11,9 @@ use std::collections::BTreeSet;
 /// Children of a node: 128 hashes are one 4 KiB block.
 pub const FANOUT: usize = 128;
 
+/// Nodes that are copied to be hashed.
+const HASHED_TOGETHER: usize = 256;
+
 /// Hashes of pages, and of nodes over them, bottom-up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PageTree {
@@ -59,9 +62,12 @@ impl PageTree {
         }
         for level in 1..self.levels.len() {
             dirty = above(dirty);
-            let nodes: Vec<Vec<u8>> = dirty.iter().map(|node| concat(self.children(level, *node))).collect();
-            for (node, hash) in page_hashes(dirty.iter().zip(nodes.iter().map(Vec::as_slice))) {
-                self.levels[level][*node] = hash;
+            for part in dirty.chunks(HASHED_TOGETHER) {
+                let nodes: Vec<Vec<u8>> =
+                    part.iter().map(|node| concat(self.children(level, *node))).collect();
+                for (node, hash) in page_hashes(part.iter().zip(nodes.iter().map(Vec::as_slice))) {
+                    self.levels[level][*node] = hash;
+                }
             }
         }
     }

@@ -9,7 +9,8 @@ use heddle_proto::ClockKind;
 const SLICE_NS: u64 = 1_000_000;
 
 impl Emulator {
-    /// One turn of the vCPU thread's loop, of about `instructions` at most.
+    /// One turn of the vCPU thread's loop, which ends behind the first block that comes to
+    /// `instructions`, if nothing ends it before.
     pub fn record_vcpu(&mut self, world: &mut dyn World, instructions: u64) -> Step {
         if self.has_ended {
             return Step::Ended;

@@ -83,7 +83,7 @@ pub fn record(
             break;
         }
         let (role, step) = if rng.below(3) < 2 {
-            let scale = rng.below(14);
+            let scale = rng.below(18);
             let run = 1 + rng.below(1 << scale);
             (Role::Vcpu, role::enter(Role::Vcpu, || emulator.record_vcpu(&mut world, run)))
         } else {

@@ -197,7 +197,11 @@ impl StateTree {
         if snapshot.ram_pages != (machine.ram.len() / PAGE) as u64 || !disks_agree {
             return Err("snapshot is of a machine with other RAM or disks than the manifest's".into());
         }
-        machine.ram = Ram::new(machine.ram.len());
+        let bytes = machine.ram.len();
+        // Not both at a time: it may be all that the host has.
+        machine.ram = Ram::new(0);
+        machine.ram =
+            Ram::allocate(bytes).ok_or_else(|| format!("no {bytes} bytes of memory for the guest's RAM"))?;
         let ram = PageTree::restore(snapshot.ram_pages as usize, snapshot.ram, source, |page, bytes| {
             let at = u64::from(page) * PAGE as u64;
             let whole = bytes.len() == PAGE;

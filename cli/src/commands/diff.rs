@@ -1,12 +1,12 @@
 //! `heddle diff`: two logs side by side, without a replay.
 
-use super::recordings;
+use super::recordings::{self, Recording};
 use crate::args::{Diff, Format};
 use crate::cluster::Cluster;
 use crate::exit::{DIVERGED, OK};
 use crate::output;
 use anyhow::Result;
-use heddle_proto::Event;
+use heddle_proto::{Body, Event};
 use serde_json::{Value, json};
 
 /// Compares; exit 0 if the logs are equal, 3 if not.
@@ -17,7 +17,16 @@ pub async fn run(cluster: &Cluster, command: Diff, format: Format) -> Result<u8>
     );
     let events_a = recordings::events(&cluster.store, a.id()).await?;
     let events_b = recordings::events(&cluster.store, b.id()).await?;
-    let value = compare(&events_a, &events_b);
+    let digests_at = |recording: &Recording| {
+        let positions = recording.manifest.builtin().map(|(_, positions)| positions);
+        positions.map(|positions| (positions.digest_every, positions.snapshots_at.clone()))
+    };
+    let value = if digests_at(&a) == digests_at(&b) {
+        compare(&events_a, &events_b)
+    } else {
+        eprintln!("digests are left out: the two recordings have them at other places");
+        compare_without_digests(&events_a, &events_b)
+    };
     match format {
         Format::Json | Format::Yaml => output::value(format, &value)?,
         _ if value["equal"] == true => {
@@ -34,6 +43,20 @@ pub async fn run(cluster: &Cluster, command: Diff, format: Format) -> Result<u8>
         ))?,
     }
     Ok(if value["equal"] == true { OK } else { DIVERGED })
+}
+
+/// The same for logs whose digests stand at other icounts, and so chain to others: the checks are
+/// what says whether states are equal. The event's number is the first log's.
+fn compare_without_digests(a: &[Event], b: &[Event]) -> Value {
+    let is_kept = |event: &Event| !matches!(event.body, Body::Digest { .. });
+    let [kept_a, kept_b] =
+        [a, b].map(|log| log.iter().filter(|event| is_kept(event)).cloned().collect::<Vec<_>>());
+    let mut value = compare(&kept_a, &kept_b);
+    if let Some(at) = value["event"].as_u64() {
+        let number = a.iter().enumerate().filter(|(_, event)| is_kept(event)).nth(at as usize);
+        value["event"] = number.map_or(a.len(), |(number, _)| number).into();
+    }
+    value
 }
 
 /// The first event that differs, and in what way: dropped, added, swapped or changed.
@@ -74,7 +97,7 @@ pub fn compare(a: &[Event], b: &[Event]) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use heddle_proto::{Body, Role};
+    use heddle_proto::{Hash, Role};
 
     fn log() -> Vec<Event> {
         (0..20)
@@ -107,5 +130,22 @@ mod tests {
             (Some("changed"), Some(9))
         );
         assert_eq!(compare(&a, &a[..12])["kind"], "dropped");
+    }
+
+    #[test]
+    fn digests_at_other_places_are_no_difference() {
+        let digest = |icount| Event {
+            icount,
+            role: Role::Vcpu,
+            body: Body::Digest { root: Hash::ZERO, history: Hash::of(&[1]) },
+        };
+        let (mut a, b) = (log(), log());
+        a.insert(5, digest(4));
+        a.insert(11, digest(9));
+        assert_eq!(compare(&a, &b)["equal"], false);
+        assert_eq!(compare_without_digests(&a, &b)["equal"], true);
+        a[15].body = Body::End;
+        let value = compare_without_digests(&a, &b);
+        assert_eq!((value["kind"].as_str(), value["event"].as_u64()), (Some("changed"), Some(15)));
     }
 }

@@ -24,6 +24,8 @@ use std::path::{Path, PathBuf};
 
 const VERSION: u32 = 1;
 const BLOB_BLOCK: usize = 64 << 10;
+/// Pages whose hashes are held before the tree has them: those under a node of its second level.
+const HASHED_TOGETHER: usize = 1 << 14;
 /// Bounds what a root may make a restore allocate.
 const RAM_BYTES_MAX: u64 = 64 << 30;
 const BLOB_BYTES_MAX: u64 = 256 << 20;
@@ -119,9 +121,11 @@ pub fn capture(tracker: &mut Tracker, name: &str, vm_state: &Path, disks: &[Path
         if *bytes != block.bytes {
             (*bytes, *tree) = fresh();
         }
-        let pages =
-            (0..block.pages.len()).map(|page| (page as u32, state.page(index, page).unwrap_or_default()));
-        tree.update(page_hashes(pages));
+        let pages: Vec<usize> = (0..block.pages.len()).collect();
+        for part in pages.chunks(HASHED_TOGETHER) {
+            let bytes = |page: &usize| (*page as u32, state.page(index, *page).unwrap_or_default());
+            tree.update(page_hashes(part.iter().map(bytes)));
+        }
         let (changed, nodes) = tree.take_changed();
         for page in changed {
             if let Some(bytes) = state.page(index, page as usize).filter(|_| tree.page(page) != Hash::ZERO) {

@@ -13,8 +13,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// Instructions of a recording between two deliveries of events and console, a fraction of a
+/// millisecond; the other role gets the machine sooner.
+const RECORD_RUN: u64 = 1 << 17;
 /// Instructions of a replay between two reports of its progress, some milliseconds.
-const RUN: u64 = 1 << 20;
+const REPLAY_RUN: u64 = 1 << 20;
 /// How often a paused recording looks whether it may go on.
 const PAUSE_POLL: Duration = Duration::from_millis(5);
 /// Longest wait of the iothread, against a missed deadline of a stepped host clock.
@@ -230,14 +233,19 @@ fn spawn(role: Role, shared: Arc<Shared>, body: fn(&Shared)) -> Result<thread::J
 fn record_vcpu(shared: &Shared) {
     let mut state = shared.lock();
     loop {
-        while shared.iothread_wants.load(Ordering::Relaxed) {
+        loop {
+            // In this order, and the other way round in `take_machine`: either the wish is seen
+            // here, or the exit that comes with it stays.
+            shared.exit.store(false, Ordering::SeqCst);
+            if !shared.iothread_wants.load(Ordering::SeqCst) {
+                break;
+            }
             state = shared.wait(state);
         }
-        shared.exit.store(false, Ordering::Relaxed);
         state = pause_while_full(shared, state);
         let (was_idle, alarm) = (state.emulator.is_idle(), state.emulator.deadline(TimerClock::Host));
         let State { emulator, clocks, .. } = &mut *state;
-        let step = emulator.record_vcpu(clocks, u64::MAX);
+        let step = emulator.record_vcpu(clocks, RECORD_RUN);
         state.deliver();
         // The iothread waits for the deadlines that it knows.
         let has_new_alarm = state.emulator.deadline(TimerClock::Host) != alarm;
@@ -282,8 +290,8 @@ fn record_iothread(shared: &Shared) {
 
 /// Gets the machine from the vCPU thread at an instruction boundary.
 fn take_machine(shared: &Shared) -> MutexGuard<'_, State> {
-    shared.iothread_wants.store(true, Ordering::Relaxed);
-    shared.exit.store(true, Ordering::Relaxed);
+    shared.iothread_wants.store(true, Ordering::SeqCst);
+    shared.exit.store(true, Ordering::SeqCst);
     shared.lock()
 }
 
@@ -453,7 +461,7 @@ fn replay_vcpu(shared: &Shared) {
     let mut state = shared.lock();
     loop {
         // Long runs: in replay nobody else wants the machine until the log says so.
-        let step = state.emulator.replay_vcpu(RUN);
+        let step = state.emulator.replay_vcpu(REPLAY_RUN);
         state.deliver();
         let position = state.emulator.position();
         shared.progress.store(position.icount + position.event, Ordering::Relaxed);

@@ -73,7 +73,7 @@ pub enum LoadError {
         why: String,
     },
     /// The host has no room for the RAM.
-    #[error("the host gives no {0} bytes for the guest's RAM; give it less --memory")]
+    #[error("the host has no {0} bytes of memory for the guest's RAM")]
     Memory(u64),
     /// Without firmware, the kernel must be an ELF.
     #[error("without firmware the kernel must be an ELF; give --bios for a raw image")]

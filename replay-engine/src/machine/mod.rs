@@ -73,7 +73,7 @@ pub trait Outside {
     /// The value of a recorded clock, read by the instruction at `icount`.
     /// The virtual clock shows `now`.
     fn read_clock(&mut self, clock: ClockKind, now: i64, icount: u64, hart: &Hart) -> i64;
-    /// Whether the run must end here; asked now and then.
+    /// Whether the run must end here; asked at least every 8192 instructions and a block.
     fn must_stop(&mut self) -> bool;
 }
 

@@ -25,8 +25,7 @@ pub struct Ram {
 }
 
 impl Ram {
-    /// `bytes` of zeros, a multiple of [`PAGE`]. Panics where the host has no room for them: for
-    /// checks, and where there was as much before.
+    /// `bytes` of zeros, a multiple of [`PAGE`], for checks: panics where the host has no room.
     pub fn new(bytes: usize) -> Ram {
         Ram::allocate(bytes).unwrap_or_else(|| panic!("no {bytes} bytes of memory for a guest's RAM"))
     }

@@ -24,8 +24,8 @@ const LOOK: u64 = 8192;
 pub(super) struct Bounds {
     /// Never behind this icount.
     pub until: u64,
-    /// At the end of the first block that reaches this one: a block that is cut costs its
-    /// copy now, and the decoding of its rest when that is entered.
+    /// At the end of the first block that reaches this one, or at `until`: a block that is cut
+    /// costs its copy now, and the decoding of its rest when that is entered.
     pub enough: u64,
 }
 
