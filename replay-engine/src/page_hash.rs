@@ -127,4 +127,35 @@ mod tests {
             }
         }
     }
+
+    /// What can hash here: of the widest vectors `detect` itself is the one to know.
+    fn platforms() -> Vec<Platform> {
+        let platforms = [
+            Some(Platform::Portable),
+            Some(Platform::detect()),
+            #[cfg(target_arch = "x86_64")]
+            Platform::sse2(),
+            #[cfg(target_arch = "x86_64")]
+            Platform::sse41(),
+            #[cfg(target_arch = "x86_64")]
+            Platform::avx2(),
+        ];
+        platforms.into_iter().flatten().collect()
+    }
+
+    /// Each kind of vectors, also where it has fewer lanes than there are pages, or more.
+    #[test]
+    fn every_platform_gives_the_same_hashes() {
+        let mut random = Seeded::new(2);
+        let pages: Vec<[u8; PAGE]> =
+            (0..LANES).map(|_| std::array::from_fn(|_| random.draw() as u8)).collect();
+        let expected: Vec<Hash> = pages.iter().map(|page| Hash::of(page)).collect();
+        for platform in platforms() {
+            for count in 1..=LANES {
+                let group: Vec<&[u8; PAGE]> = pages[..count].iter().collect();
+                let hashes = together(platform, &group);
+                assert_eq!(hashes[..count], expected[..count], "{count} pages, {platform:?}");
+            }
+        }
+    }
 }

@@ -328,3 +328,31 @@ fn a_device_interrupts_the_context_that_enables_it_and_no_other() {
     assert_eq!(causes, [(0, 0), (0, 1 << 63 | 9), (0, 0)]);
     assert_eq!(m.hart_at(1).unwrap().x[28], u64::from(b'x'));
 }
+
+/// Hart 0 stores a routine, one of two by turns, hart 1 calls it, and so on: what hart 0 has
+/// learnt of the page is from before hart 1 executed it.
+#[test]
+fn code_that_another_hart_stores_again_runs_as_it_is() {
+    let code = [
+        0xf140_22f3, //  0  csrr x5, mhartid
+        0x0002_9a63, //  4  bnez x5, 0x18
+        0x0020_b023, //  8  sd x2, 0(x1)
+        0x0031_4133, //  c  xor x2, x2, x3: the other routine
+        PAUSE,       // 10
+        0xff5f_f06f, // 14  j 0x8
+        0x0000_100f, // 18  fence.i
+        0x0000_8fe7, // 1c  jalr x31, 0(x1)
+        0x0085_9593, // 20  slli x11, x11, 8
+        0x00a5_e5b3, // 24  or x11, x11, x10
+        PAUSE,       // 28
+        0xfedf_f06f, // 2c  j 0x18
+    ];
+    // addi x10, x0, value; jalr x0, 0(x31)
+    let routine = |value: u64| 0x000f_8067 << 32 | value << 20 | 0x513;
+    let registers = [(1, RAM_BASE + 0x1000), (2, routine(1)), (3, routine(1) ^ routine(2))];
+    let mut m = machine(&code, 2, &registers, 0);
+    // The first turns are of 5 and 9 instructions, the others of 4 and 8.
+    run_to(&mut m, 14 + 7 * 12);
+    let hart = m.hart_at(1).unwrap();
+    assert_eq!((hart.x[11], hart.mcause), (0x0102_0102_0102_0102, 0));
+}

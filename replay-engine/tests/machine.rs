@@ -3,6 +3,8 @@
 
 #[path = "machine/bits.rs"]
 mod bits;
+#[path = "machine/coherence.rs"]
+mod coherence;
 #[path = "machine/csrs.rs"]
 mod csrs;
 #[path = "machine/float.rs"]

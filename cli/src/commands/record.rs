@@ -90,11 +90,11 @@ pub fn open_terminal(
 /// Where a recording with such snapshots has its checks and digests: as many of these as there
 /// may be at most, and one at each snapshot.
 pub fn positions(snapshot_every: u64) -> Positions {
-    let digests_in = |every: u64| snapshot_every % every == 0;
+    let divides = |every: u64| snapshot_every % every == 0;
     let digest_every = (1..=DIGEST_EVERY / POSITION_GRAIN)
         .rev()
         .map(|grains| grains * POSITION_GRAIN)
-        .find(|every| digests_in(*every));
+        .find(|every| divides(*every));
     Positions {
         check_every: CHECK_EVERY,
         digest_every: digest_every.unwrap_or(POSITION_GRAIN),
@@ -200,4 +200,21 @@ fn read_file(path: &Path) -> Result<NamedFile> {
     let bytes = std::fs::read(path).map_err(|e| coded(USAGE, format!("read {}: {e}", path.display())))?;
     let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
     Ok((name, Bytes::from(bytes)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digests_are_at_checks_and_one_is_at_each_snapshot() {
+        for snapshot_every in (0..=60).map(|grains| grains * POSITION_GRAIN) {
+            let positions = positions(snapshot_every);
+            let Positions { check_every, digest_every, .. } = positions;
+            assert_eq!(positions.snapshot_every, snapshot_every);
+            assert_eq!(snapshot_every % digest_every, 0, "{snapshot_every}: {digest_every}");
+            assert_eq!(digest_every % check_every, 0, "{snapshot_every}: {digest_every}");
+            assert!((1..=DIGEST_EVERY).contains(&digest_every), "{snapshot_every}: {digest_every}");
+        }
+    }
 }

@@ -34,6 +34,7 @@ pub(super) enum Rights {
 
 const SETS: usize = 5;
 const ENTRIES: usize = SETS * TLB_ENTRIES;
+const _: () = assert!(ENTRIES <= 1 << 16, "a place is a u16");
 
 impl Rights {
     /// Of this mode of translated accesses, or of none.
@@ -146,5 +147,89 @@ impl FastTlb {
         for entry in self.stores.all.iter_mut().filter(|entry| entry.page == page) {
             *entry = EMPTY;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::schedule::Seeded;
+
+    /// Those whose entries go with the TLB's.
+    const TRANSLATED: [Rights; 3] = [Rights::User, Rights::Supervisor, Rights::SupervisorSum];
+
+    /// What a page is found under, by loads and by stores.
+    fn found(fast: &mut FastTlb, rights: Rights, va: u64) -> [Option<usize>; 2] {
+        fast.set_rights(rights);
+        [false, true].map(|is_store| fast.find::<8>(va, is_store))
+    }
+
+    /// Fills so often, and forgets; `forgets`: each place is emptied before it is filled.
+    fn fill_and_forget(fast: &mut FastTlb, random: &mut Seeded, puts: usize, forgets: bool) {
+        let mut learnt = vec![];
+        for put in 0..puts {
+            let rights = TRANSLATED[random.below(3) as usize];
+            let va = random.below(2 * TLB_ENTRIES as u64) << 12;
+            if forgets {
+                fast.forget_entry(va >> 12);
+                for rights in TRANSLATED {
+                    assert_eq!(found(fast, rights, va), [None; 2], "put {put} of {puts}");
+                }
+            }
+            fast.set_rights(rights);
+            fast.learn(va, put, false);
+            fast.learn(va, put, true);
+            assert_eq!(found(fast, rights, va), [Some(put); 2], "put {put} of {puts}");
+            learnt.push((rights, va));
+        }
+        if forgets {
+            assert_eq!(
+                (fast.loads.used.len(), fast.stores.used.len()),
+                (puts.min(ENTRIES), puts.min(ENTRIES))
+            );
+        }
+        fast.forget();
+        for (rights, va) in learnt {
+            assert_eq!(found(fast, rights, va), [None; 2], "{rights:?} {va:#x}, {puts} puts");
+        }
+        let all = fast.loads.all.iter().chain(&fast.stores.all);
+        assert_eq!(all.filter(|entry| entry.tag != EMPTY.tag).count(), 0, "{puts} puts");
+    }
+
+    /// However many places are known to be filled, and where they are too many to be known.
+    #[test]
+    fn what_is_forgotten_is_not_found() {
+        let mut random = Seeded::new(1);
+        let mut fast = FastTlb::new();
+        let half = ENTRIES / 2;
+        for puts in [0, 1, 100, half - 1, half, half + 1, ENTRIES - 1, ENTRIES, ENTRIES + 1, 3 * ENTRIES] {
+            for forgets in [false, true] {
+                fill_and_forget(&mut fast, &mut random, puts, forgets);
+            }
+        }
+    }
+
+    #[test]
+    fn a_page_is_forgotten_with_all_its_stores_and_nothing_else() {
+        let rights = [Rights::Bare, Rights::User, Rights::Supervisor, Rights::SupervisorSum];
+        let mut fast = FastTlb::new();
+        let page_of = |number: u64| number as usize % 5;
+        for rights in rights {
+            fast.set_rights(rights);
+            for number in 0..100u64 {
+                fast.learn(number << 12, page_of(number), false);
+                fast.learn(number << 12, page_of(number), true);
+            }
+        }
+        fast.forget_stores_to(3);
+        for rights in rights {
+            for number in 0..100u64 {
+                let page = page_of(number);
+                let expected = [Some(page), (page != 3).then_some(page)];
+                assert_eq!(found(&mut fast, rights, number << 12), expected, "{rights:?} {number}");
+            }
+        }
+        fast.forget_stores();
+        assert_eq!(found(&mut fast, Rights::User, 1 << 12), [Some(1), None]);
     }
 }

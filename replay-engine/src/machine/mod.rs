@@ -30,6 +30,8 @@ pub mod ram;
 mod rom;
 mod rtc;
 mod run;
+#[cfg(test)]
+mod run_tests;
 mod shown;
 mod slots;
 mod uart;

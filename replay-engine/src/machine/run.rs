@@ -17,7 +17,7 @@ pub(super) const NO_PAGE: u64 = u64::MAX;
 
 /// Instructions between two looks at whether somebody wants the run to end: some tens of
 /// microseconds.
-const LOOK: u64 = 8192;
+pub(super) const LOOK: u64 = 8192;
 
 /// Where a run ends.
 #[derive(Clone, Copy, Debug)]
