@@ -17,10 +17,10 @@ pub struct Replay {
     pub spans: u32,
     /// Built-in machine: judge from here on. The replay begins at the last snapshot before,
     /// in this process.
-    #[arg(long, value_name = "ICOUNT", conflicts_with_all = ["spans", "console"])]
+    #[arg(long, value_name = "ICOUNT", conflicts_with_all = ["spans", "console", "qemu"])]
     pub from: Option<u64>,
     /// Built-in machine: judge up to here.
-    #[arg(long, value_name = "ICOUNT", conflicts_with_all = ["spans", "console"])]
+    #[arg(long, value_name = "ICOUNT", conflicts_with_all = ["spans", "console", "qemu"])]
     pub to: Option<u64>,
     /// Replay with this build instead of the recorded one.
     #[arg(long, value_name = "BUILD")]
@@ -29,7 +29,7 @@ pub struct Replay {
     #[arg(long, conflicts_with = "spans")]
     pub console: bool,
     /// QEMU, with --console: the one to use; without any, the usual ones on the PATH.
-    #[arg(long, value_name = "FILE", requires = "console")]
+    #[arg(long, value_name = "FILE", requires = "console", conflicts_with = "spans")]
     pub qemu: Vec<PathBuf>,
     /// Give up after so many seconds.
     #[arg(long, value_name = "SECONDS")]

@@ -234,6 +234,23 @@ fn read_file(path: &Path) -> Result<NamedFile> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::exit::code_of;
+
+    #[test]
+    fn a_drive_is_a_raw_image() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("disk");
+        std::fs::write(&path, b"QFI raw")?;
+        assert_eq!(read_drive(&path)?.1, b"QFI raw"[..]);
+        std::fs::write(&path, b"QFI\xfb\0\0\0\x03")?;
+        let refusal = read_drive(&path).map_err(|error| (code_of(&error), error.to_string()));
+        let text = format!(
+            "{} is a qcow2 image, and --drive takes raw ones; `qemu-img convert -O raw` makes one",
+            path.display()
+        );
+        assert_eq!(refusal, Err((USAGE, text)));
+        Ok(())
+    }
 
     #[test]
     fn digests_are_at_checks_and_one_is_at_each_snapshot() {
