@@ -477,3 +477,43 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
     let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a size like 64M or 1G"))?;
     number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is too large"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(line: &str) -> Option<String> {
+        Args::try_parse_from(line.split(' ')).err().map(|error| error.to_string())
+    }
+
+    #[test]
+    fn an_option_that_would_do_nothing_is_refused() {
+        let cases = [
+            ("heddle replay a --console --spans 2", "--spans"),
+            ("heddle replay a --qemu q", "--console"),
+            ("heddle replay a --qemu q --spans 2", "--spans"),
+            ("heddle replay a --qemu q --from 1", "--from"),
+            ("heddle replay a --console --to 1", "--to"),
+            ("heddle run a --signature-granularity 4", "--signature <FILE>"),
+            ("heddle state a --at 1 --virtual", "--memory"),
+        ];
+        for (line, named) in cases {
+            let said = refusal(line).unwrap_or_default();
+            assert!(said.contains(named), "{line}: {said}");
+        }
+    }
+
+    #[test]
+    fn defaults_are_in_nobodys_way() {
+        for line in [
+            "heddle replay a --console --qemu q --timeout 3",
+            "heddle replay a --spans 2 --timeout 3",
+            "heddle replay a --from 1 --to 2",
+            "heddle run a",
+            "heddle run a --signature f --signature-granularity 4",
+            "heddle record builtin",
+        ] {
+            assert_eq!(refusal(line), None, "{line}");
+        }
+    }
+}

@@ -312,6 +312,14 @@ async fn a_state_is_the_replays_and_a_part_is_judged_alone() {
     for wrong in [["--memory", "0:16"], ["--memory", "0x80000000:0"]] {
         p.heddle(&[&["state", NAME, "--at", "1000"], &wrong[..]].concat()).await.expect(2);
     }
+    let outside = p.heddle(&["state", NAME, "--at", "1000", "--memory", "0:16"]).await.expect(2).err;
+    assert!(outside.contains("in RAM, which is 0x80000000..0x81000000"), "{outside}");
+    for command in [vec!["replay", NAME, "--console"], vec!["debug", NAME, "--at", "1000"]] {
+        let refused = p.heddle(&[&command[..], &["--qemu", "any"]].concat()).await.expect(2).err;
+        assert!(refused.contains("--qemu is for recordings of QEMU; guest is of the built-in"), "{refused}");
+    }
+    let late = p.heddle(&["replay", NAME, "--console", "--timeout", "0"]).await.expect(8);
+    assert!(late.out.is_empty() && late.err.contains("has not ended in 0 s"), "{} {}", late.out, late.err);
     let past = (end + 1).to_string();
     p.heddle(&["state", NAME, "--at", &past]).await.expect(2);
 

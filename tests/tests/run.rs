@@ -354,6 +354,18 @@ fn a_seed_is_for_the_machines_own_device_tree_alone() {
 }
 
 #[test]
+fn the_bundled_guest_has_its_own_harts_and_memory() {
+    let (embedded, dir) = (Embedded::default(), TempDir::new().unwrap());
+    let tree = dir.path().join("tree.dtb");
+    for option in [["--harts", "2"], ["--memory", "1G"]] {
+        let record = ["record", "builtin", "--dump-dtb", tree.to_str().unwrap()];
+        let said = embedded.heddle(&[&record[..], &option[..]].concat()).expect(2).err;
+        assert!(said.contains(option[0]) && said.contains("the bundled guest has"), "{said}");
+        assert!(!tree.exists());
+    }
+}
+
+#[test]
 fn what_cannot_run_is_refused_with_what_and_where() {
     let Some(assembler) = Assembler::new() else { return };
     let refused = |path: &Path, text: &str| {

@@ -95,8 +95,8 @@ pub struct RecordBuiltin {
     /// Write the device tree that the guest would get to FILE, and record nothing.
     #[arg(long, value_name = "FILE")]
     pub dump_dtb: Option<PathBuf>,
-    /// A disk; writes go to an overlay, the file is never touched. Up to 8, with the other
-    /// virtio devices.
+    /// A disk, as a raw image of at most 4 GiB; writes go to an overlay, the file is never
+    /// touched. Up to 8, with the other virtio devices.
     #[arg(long = "drive", value_name = "FILE")]
     pub drives: Vec<PathBuf>,
     /// A virtio network card on a Unix datagram socket, one frame a datagram. PATH is made for
@@ -113,9 +113,9 @@ pub struct RecordBuiltin {
     /// parallel, but not faster. The bundled guest has one.
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=MOST_HARTS))]
     pub harts: u32,
-    /// Guest RAM: 16M, 1G.
-    #[arg(long, default_value = "128M", value_parser = parse_bytes)]
-    pub memory: u64,
+    /// Guest RAM: 16M, 1G; 128M without it. The bundled guest has 16M, and takes none.
+    #[arg(long, value_parser = parse_bytes)]
+    pub memory: Option<u64>,
     /// Nanoseconds an instruction, as a power of two.
     #[arg(long, default_value_t = 3)]
     pub shift: u32,

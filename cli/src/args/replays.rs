@@ -17,19 +17,19 @@ pub struct Replay {
     pub spans: u32,
     /// Built-in machine: judge from here on. The replay begins at the last snapshot before,
     /// in this process.
-    #[arg(long, value_name = "ICOUNT", conflicts_with_all = ["spans", "console"])]
+    #[arg(long, value_name = "ICOUNT", conflicts_with_all = ["spans", "console", "qemu"])]
     pub from: Option<u64>,
     /// Built-in machine: judge up to here.
-    #[arg(long, value_name = "ICOUNT", conflicts_with_all = ["spans", "console"])]
+    #[arg(long, value_name = "ICOUNT", conflicts_with_all = ["spans", "console", "qemu"])]
     pub to: Option<u64>,
     /// Replay with this build instead of the recorded one.
     #[arg(long, value_name = "BUILD")]
     pub against: Option<String>,
     /// Print the guest's console; replays whole, in this process.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "spans")]
     pub console: bool,
-    /// With --console: the QEMU to use; without any, the usual ones on the PATH.
-    #[arg(long, value_name = "FILE")]
+    /// QEMU, with --console: the one to use; without any, the usual ones on the PATH.
+    #[arg(long, value_name = "FILE", requires = "console", conflicts_with = "spans")]
     pub qemu: Vec<PathBuf>,
     /// Give up after so many seconds.
     #[arg(long, value_name = "SECONDS")]
@@ -80,7 +80,7 @@ pub struct Debug {
     /// instead of on a socket of yours.
     #[arg(long, value_name = "HOST:PORT")]
     pub listen: Option<String>,
-    /// The QEMU to use; without any, the usual ones on the PATH.
+    /// QEMU: the one to use; without any, the usual ones on the PATH.
     #[arg(long, value_name = "FILE")]
     pub qemu: Vec<PathBuf>,
 }
@@ -96,7 +96,8 @@ pub struct State {
     /// The hart to show, from 0; without it, the one whose turn it is.
     #[arg(long, value_name = "N")]
     pub hart: Option<usize>,
-    /// Memory to print, physical: 0x80000000:256.
+    /// Memory to print, at most 1 MiB: 0x80000000:256. Without --virtual the address is
+    /// physical, and only RAM can be printed.
     #[arg(long, value_name = "ADDR:LEN")]
     pub memory: Option<MemoryRange>,
     /// --memory is a virtual address, as the hart's page table has it there.

@@ -37,7 +37,7 @@ pub struct Run {
     #[arg(long, value_name = "FILE")]
     pub signature: Option<PathBuf>,
     /// Bytes a line of the signature: 4, 8 or 16. The one at the lowest address is the last.
-    #[arg(long, value_name = "BYTES", default_value = "16", value_parser = parse_granule)]
+    #[arg(long, value_name = "BYTES", default_value = "16", value_parser = parse_granule, requires = "signature")]
     pub signature_granularity: usize,
 }
 

@@ -20,6 +20,7 @@ pub async fn run(cluster: &Cluster, command: Debug, format: Format) -> Result<u8
         return Err(coded(USAGE, format!("the recording ends at icount {end}")));
     }
     if recording.manifest.builtin().is_some() {
+        recordings::refuse_qemu(&command.qemu, &command.recording)?;
         return debug_builtin::run(cluster, &recording, command, format).await;
     }
     if command.listen.is_some() {

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use heddle_node::record::{Console, NamedFile, RecordRequest, Watermarks, record};
 use heddle_proto::manifest::{MachineSpec, Positions, Sleep};
 use heddle_replay_engine::guest;
-use heddle_replay_engine::machine::loader::{self, Images};
+use heddle_replay_engine::machine::loader::{self, Images, LoadError};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -27,6 +27,10 @@ const DIGEST_EVERY: u64 = 50_000_000;
 const POSITION_GRAIN: u64 = 10_000_000;
 /// RAM of the bundled guest.
 const BUNDLED_MEMORY: u64 = 16 << 20;
+/// RAM of other guests, unless told otherwise.
+const DEFAULT_MEMORY: u64 = 128 << 20;
+/// What an image of QEMU's own format begins with.
+const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
 
 /// Records, with this terminal as the guest's console. The guest's exit code is ours.
 pub async fn run(cluster: &Cluster, command: RecordBuiltin, format: Format) -> Result<u8> {
@@ -38,7 +42,10 @@ pub async fn run(cluster: &Cluster, command: RecordBuiltin, format: Format) -> R
     let coordinator = Some(cluster.file.coordinator.clone());
     let recorded = record(&cluster.store, coordinator, request, console, watermarks.clone(), |_| {}).await;
     terminal.close();
-    let recorded = recorded?;
+    let recorded = recorded.map_err(|error| match error.downcast_ref::<LoadError>() {
+        Some(LoadError::Memory(_)) => error.context("give the guest less --memory"),
+        _ => error,
+    })?;
     let summary = json!({
         "recording": recorded.name,
         "id": recorded.id,
@@ -106,7 +113,7 @@ pub fn positions(snapshot_every: u64) -> Positions {
 fn request(command: &RecordBuiltin, outbox_dir: PathBuf) -> Result<RecordRequest> {
     let file = |path: &Option<PathBuf>| path.as_deref().map(read_file).transpose();
     let (is_bundled, seed) = (is_bundled(command)?, seed(command)?);
-    let mut drives = command.drives.iter().map(|path| read_file(path)).collect::<Result<Vec<_>>>()?;
+    let mut drives = command.drives.iter().map(|path| read_drive(path)).collect::<Result<Vec<_>>>()?;
     let kernel = if is_bundled {
         drives.insert(0, ("loom.disk".into(), Bytes::from(guest::disk())));
         Some(("loom.elf".into(), Bytes::from_static(guest::LOOM_ELF)))
@@ -120,7 +127,7 @@ fn request(command: &RecordBuiltin, outbox_dir: PathBuf) -> Result<RecordRequest
         name: command.common.name.clone(),
         labels: labels(&command.common.labels)?,
         harts: command.harts,
-        memory_bytes: if is_bundled { BUNDLED_MEMORY } else { command.memory },
+        memory_bytes: memory(command, is_bundled),
         shift: command.shift,
         sleep: if command.sleep == "off" { Sleep::Off } else { Sleep::On },
         bios: file(&command.bios)?,
@@ -145,7 +152,16 @@ fn is_bundled(command: &RecordBuiltin) -> Result<bool> {
     if is_bundled && command.harts > 1 {
         return Err(coded(USAGE, "--harts: the bundled guest has one; give a --kernel or a --bios"));
     }
+    if is_bundled && command.memory.is_some() {
+        return Err(coded(USAGE, "--memory: the bundled guest has 16M; give a --kernel or a --bios"));
+    }
     Ok(is_bundled)
+}
+
+/// The guest's RAM.
+fn memory(command: &RecordBuiltin, is_bundled: bool) -> u64 {
+    let otherwise = if is_bundled { BUNDLED_MEMORY } else { DEFAULT_MEMORY };
+    command.memory.unwrap_or(otherwise)
 }
 
 /// The seed of the machine's own device tree; one that is given is taken as it is.
@@ -169,7 +185,7 @@ pub fn dump_dtb(command: &RecordBuiltin, to: &Path) -> Result<u8> {
     let is_bundled = is_bundled(command)?;
     let spec = MachineSpec {
         harts: command.harts,
-        memory_bytes: if is_bundled { BUNDLED_MEMORY } else { command.memory },
+        memory_bytes: memory(command, is_bundled),
         seed: seed(command)?,
         append: command.append.clone(),
         ..guest::spec()
@@ -196,6 +212,19 @@ pub fn labels(given: &[String]) -> Result<BTreeMap<String, String>> {
     labels.collect()
 }
 
+/// A disk's bytes. The guest would take those of another format for the disk's own.
+fn read_drive(path: &Path) -> Result<NamedFile> {
+    let (name, bytes) = read_file(path)?;
+    if bytes.starts_with(QCOW2_MAGIC) {
+        let text = format!(
+            "{} is a qcow2 image, and --drive takes raw ones; `qemu-img convert -O raw` makes one",
+            path.display()
+        );
+        return Err(coded(USAGE, text));
+    }
+    Ok((name, bytes))
+}
+
 fn read_file(path: &Path) -> Result<NamedFile> {
     let bytes = std::fs::read(path).map_err(|e| coded(USAGE, format!("read {}: {e}", path.display())))?;
     let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
@@ -205,6 +234,23 @@ fn read_file(path: &Path) -> Result<NamedFile> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::exit::code_of;
+
+    #[test]
+    fn a_drive_is_a_raw_image() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("disk");
+        std::fs::write(&path, b"QFI raw")?;
+        assert_eq!(read_drive(&path)?.1, b"QFI raw"[..]);
+        std::fs::write(&path, b"QFI\xfb\0\0\0\x03")?;
+        let refusal = read_drive(&path).map_err(|error| (code_of(&error), error.to_string()));
+        let text = format!(
+            "{} is a qcow2 image, and --drive takes raw ones; `qemu-img convert -O raw` makes one",
+            path.display()
+        );
+        assert_eq!(refusal, Err((USAGE, text)));
+        Ok(())
+    }
 
     #[test]
     fn digests_are_at_checks_and_one_is_at_each_snapshot() {

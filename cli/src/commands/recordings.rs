@@ -6,6 +6,7 @@ use anyhow::Result;
 use heddle_proto::manifest::ManifestError;
 use heddle_proto::{Event, Hash, Manifest, RecordingId, v1};
 use heddle_storage::StoreClient;
+use std::path::PathBuf;
 
 /// A recording as listed.
 pub struct Recording {
@@ -65,6 +66,15 @@ pub async fn find(store: &StoreClient, name: &str) -> Result<Recording> {
     let at = by_name.or_else(by_id);
     at.and_then(|at| list.into_iter().nth(at))
         .ok_or_else(|| coded(NOTHING, format!("no recording {name:?}; `heddle get recordings` lists them")))
+}
+
+/// Refuses `--qemu` for a recording of the built-in machine, which no QEMU replays.
+pub fn refuse_qemu(given: &[PathBuf], name: &str) -> Result<()> {
+    if given.is_empty() {
+        return Ok(());
+    }
+    let text = format!("--qemu is for recordings of QEMU; {name} is of the built-in machine");
+    Err(coded(USAGE, text))
 }
 
 /// Deletes a recording. Its blocks may be another's, too, and stay.

@@ -11,14 +11,18 @@ use crate::progress::Progress;
 use anyhow::Result;
 use heddle_node::blocks::BlockCache;
 use heddle_node::qemu::span::QemuSpan;
-use heddle_node::replay::{Control, Span};
+use heddle_node::replay::{Control, Replayed, Span};
 use heddle_proto::verdict::{TaskResult, on_hart};
 use heddle_proto::{Outcome, Verdict, v1};
 use heddle_storage::channel::is_transient;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+
+/// How long a replay that is given up has to end what it began.
+const LEAVING: Duration = Duration::from_secs(5);
 
 /// Replays; exit 0 on match, 3 on divergence.
 pub async fn run(cluster: &Cluster, command: Replay, format: Format) -> Result<u8> {
@@ -205,19 +209,37 @@ pub(super) fn print(value: &Value, name: &str, format: Format) -> Result<()> {
     }
 }
 
-/// Replays whole in this process and prints the console.
-async fn with_console(
+/// Replays whole in this process, for so many seconds at most.
+async fn replay_within(
+    seconds: Option<u64>,
     cluster: &Cluster,
     recording: &Recording,
     command: &Replay,
-    format: Format,
-) -> Result<u8> {
-    let began = Instant::now();
+) -> Result<Replayed> {
+    let control = Control::default();
+    let cancel = control.cancel.clone();
+    let limit = Duration::from_secs(seconds.unwrap_or(u64::from(u32::MAX)));
+    let mut replay = Box::pin(replay_here(cluster, recording, command, control));
+    if let Ok(done) = tokio::time::timeout(limit, replay.as_mut()).await {
+        return done;
+    }
+    cancel.store(true, Ordering::Relaxed);
+    // A QEMU is ended by the thread that follows it, so that thread must hear of it first.
+    let _ = tokio::time::timeout(LEAVING, replay.as_mut()).await;
+    Err(coded(TIMEOUT, format!("the replay has not ended in {} s", limit.as_secs())))
+}
+
+/// Replays whole in this process.
+async fn replay_here(
+    cluster: &Cluster,
+    recording: &Recording,
+    command: &Replay,
+    control: Control,
+) -> Result<Replayed> {
     let name = command.against.as_deref().unwrap_or(&recording.manifest.build);
     let blocks = BlockCache::new(cluster.store.clone());
-    let control = Control { stall_after: command.timeout.map(Duration::from_secs), ..Control::default() };
     let bounds = v1::SpanBounds::default();
-    let replayed = if recording.manifest.qemu().is_some() {
+    if recording.manifest.qemu().is_some() {
         let offered = crate::serve::offered(&command.qemu).await;
         let build = offered.into_iter().find(|build| build.name == name);
         let build = build.ok_or_else(|| {
@@ -225,14 +247,28 @@ async fn with_console(
         })?;
         let span = QemuSpan::fetch(&cluster.store, &blocks, recording.id(), bounds).await?;
         tokio::task::spawn_blocking(move || heddle_node::qemu::replay::replay(&span, &build, &control))
-            .await??
+            .await?
     } else {
         let build = name
             .parse()
             .map_err(|error: heddle_replay_engine::builds::UnknownBuild| anyhow::Error::new(error))?;
         let span = Span::fetch(&cluster.store, &blocks, recording.id(), bounds).await?;
-        heddle_node::replay::replay(span, build, control).await?
-    };
+        heddle_node::replay::replay(span, build, control).await
+    }
+}
+
+/// Replays whole in this process and prints the console.
+async fn with_console(
+    cluster: &Cluster,
+    recording: &Recording,
+    command: &Replay,
+    format: Format,
+) -> Result<u8> {
+    if recording.manifest.builtin().is_some() {
+        recordings::refuse_qemu(&command.qemu, &command.recording)?;
+    }
+    let began = Instant::now();
+    let replayed = replay_within(command.timeout, cluster, recording, command).await?;
     match format {
         Format::Json | Format::Yaml => std::io::stderr().lock().write_all(&replayed.console)?,
         _ => std::io::stdout().lock().write_all(&replayed.console)?,

@@ -9,7 +9,7 @@ use heddle_proto::manifest::{MachineSpec, Sleep};
 use heddle_proto::verdict::on_hart;
 use heddle_replay_engine::bare::{Bare, Pause};
 use heddle_replay_engine::machine::Machine;
-use heddle_replay_engine::machine::loader::{self, Images};
+use heddle_replay_engine::machine::loader::{self, Images, LoadError};
 use std::io::{ErrorKind, Read, Write};
 use std::ops::Range;
 use std::path::Path;
@@ -110,7 +110,10 @@ fn load(command: &Run, elf: Vec<u8>) -> Result<Machine> {
         devices: vec![],
     };
     let images = Images { kernel: Some(Arc::from(elf)), ..Images::default() };
-    loader::build(&spec, &images).map_err(|error| refused(&command.elf, &error.to_string()))
+    loader::build(&spec, &images).map_err(|error| match error {
+        LoadError::Memory(_) => coded(USAGE, format!("give the guest less --memory: {error}")),
+        _ => refused(&command.elf, &error.to_string()),
+    })
 }
 
 /// Standard input, piece by piece, from a thread that waits for it.

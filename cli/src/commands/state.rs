@@ -136,7 +136,9 @@ fn memory(machine: &Machine, view: View<'_>, range: MemoryRange, is_virtual: boo
         out
     } else {
         let slice = machine.ram().slice(address.wrapping_sub(RAM_BASE), bytes as usize);
-        slice.ok_or_else(|| refused("not in RAM"))?.to_vec()
+        let end = RAM_BASE + machine.ram().len() as u64;
+        let outside = || refused(&format!("not all of it is in RAM, which is {RAM_BASE:#x}..{end:#x}"));
+        slice.ok_or_else(outside)?.to_vec()
     };
     let hex: String = found.iter().map(|byte| format!("{byte:02x}")).collect();
     Ok(json!({ "address": format!("{address:#x}"), "virtual": is_virtual, "bytes": hex }))
