@@ -7,7 +7,7 @@ use crate::exit::{OK, USAGE, coded, of_guest};
 use crate::output;
 use anyhow::{Context, Result};
 use bytes::Bytes;
-use heddle_node::record::{Console, NamedFile, RecordRequest, Watermarks, record};
+use heddle_node::record::{BadRequest, Console, NamedFile, RecordRequest, Watermarks, record};
 use heddle_proto::manifest::{MachineSpec, Positions, Sleep};
 use heddle_replay_engine::guest;
 use heddle_replay_engine::machine::loader::{self, Images};
@@ -174,7 +174,7 @@ pub fn dump_dtb(command: &RecordBuiltin, to: &Path) -> Result<u8> {
         append: command.append.clone(),
         ..guest::spec()
     };
-    spec.check().map_err(|error| coded(USAGE, error.to_string()))?;
+    spec.check().map_err(BadRequest::from)?;
     let images = Images {
         bios: file(&command.bios)?,
         kernel: if is_bundled { Some(Arc::from(guest::LOOM_ELF)) } else { file(&command.kernel)? },
@@ -182,7 +182,7 @@ pub fn dump_dtb(command: &RecordBuiltin, to: &Path) -> Result<u8> {
         dtb: file(&command.dtb)?,
         drives: vec![],
     };
-    let blob = loader::device_tree(&spec, &images).map_err(|error| coded(USAGE, error.to_string()))?;
+    let blob = loader::device_tree(&spec, &images).map_err(BadRequest::from)?;
     std::fs::write(to, blob).with_context(|| format!("write {}", to.display()))?;
     Ok(OK)
 }
