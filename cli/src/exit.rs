@@ -1,5 +1,6 @@
 //! Exit codes: what a script can tell apart.
 
+use heddle_node::record::BadRequest;
 use heddle_storage::StoreError;
 
 /// All went well.
@@ -78,6 +79,9 @@ pub fn code_of(error: &anyhow::Error) -> u8 {
         if let Some(status) = cause.downcast_ref::<tonic::Status>() {
             return code_of_status(status);
         }
+        if cause.is::<BadRequest>() {
+            return USAGE;
+        }
         if cause.is::<heddle_replay_engine::builds::UnknownBuild>() {
             return INCOMPATIBLE;
         }
@@ -88,11 +92,22 @@ pub fn code_of(error: &anyhow::Error) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use heddle_proto::manifest::ManifestError;
+    use heddle_replay_engine::machine::loader::LoadError;
 
     #[test]
     fn a_guests_exit_code_is_ours_by_its_low_byte_and_no_failure_is_lost() {
         for (code, ours) in [(0, 0), (5, 5), (255, 255), (256, 1), (300, 44), (u16::MAX, 255)] {
             assert_eq!(of_guest(code), ours, "{code}");
         }
+    }
+
+    #[test]
+    fn a_guest_that_cannot_be_is_the_command_lines_fault_and_a_stored_manifest_is_not() {
+        let bound = || ManifestError::Bound { what: "shift", value: 11, rule: "at most 10" };
+        let asked = anyhow::Error::new(BadRequest::from(bound()));
+        assert_eq!(code_of(&asked.context("record")), USAGE);
+        assert_eq!(code_of(&anyhow::Error::new(BadRequest::from(LoadError::Nothing))), USAGE);
+        assert_eq!(code_of(&anyhow::Error::new(bound())), UNEXPECTED);
     }
 }

@@ -8,10 +8,13 @@ use crate::outbox::{LeftBehind, left_behind, read_left_behind};
 use crate::rewrite::{append, compact};
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
-use heddle_proto::manifest::{Device, Image, MANIFEST_VERSION, MachineSpec, Manifest, Positions, Sleep};
+use heddle_proto::manifest::{
+    Device, Image, MANIFEST_VERSION, MachineSpec, Manifest, ManifestError, Positions, Sleep,
+};
 use heddle_proto::{AsyncEvent, Chunk, ChunkBuilder, EmulatorSpec, Event, Hash, Position, RecordingId, v1};
 use heddle_replay_engine::io::{self, RecordSink};
-use heddle_replay_engine::machine::loader::{self, Images};
+use heddle_replay_engine::machine::Machine;
+use heddle_replay_engine::machine::loader::{self, Images, LoadError};
 use heddle_replay_engine::{AsyncQueue, BUILTIN, Emulator, Snapshot};
 use heddle_storage::{StoreClient, StoreError};
 use std::collections::BTreeMap;
@@ -70,6 +73,65 @@ pub struct RecordRequest {
     pub outbox_bytes: u64,
 }
 
+/// Why there can't be such a guest: something for the user to mend. Nothing is stored of it.
+#[derive(Debug, thiserror::Error)]
+pub enum BadRequest {
+    /// A value out of its bounds.
+    #[error("{option} is {value}: {rule}")]
+    Bound {
+        /// What the user calls it.
+        option: &'static str,
+        /// Its value.
+        value: u64,
+        /// What it must be.
+        rule: &'static str,
+    },
+    /// Anything else that a reader of the manifest would refuse.
+    #[error(transparent)]
+    Manifest(ManifestError),
+    /// The files don't make a machine.
+    #[error(transparent)]
+    Load(LoadError),
+    /// The host has no room for the RAM.
+    #[error("{0}; give less --memory")]
+    Memory(LoadError),
+}
+
+impl From<ManifestError> for BadRequest {
+    fn from(error: ManifestError) -> BadRequest {
+        match error {
+            ManifestError::Bound { what, value, rule } => {
+                BadRequest::Bound { option: option_of(what), value, rule }
+            }
+            other => BadRequest::Manifest(other),
+        }
+    }
+}
+
+impl From<LoadError> for BadRequest {
+    fn from(error: LoadError) -> BadRequest {
+        match error {
+            LoadError::Memory(_) => BadRequest::Memory(error),
+            other => BadRequest::Load(other),
+        }
+    }
+}
+
+/// What the user calls a field of the manifest; those that no option sets keep their names.
+fn option_of(field: &'static str) -> &'static str {
+    match field {
+        "harts" => "--harts",
+        "memory_bytes" => "--memory",
+        "shift" => "--shift",
+        "seed" => "--seed",
+        "snapshot_every" => "--snapshot-every",
+        "drives and devices" => {
+            "the number of disks and devices (--drive, --netdev, --rng, --virtio-console)"
+        }
+        other => other,
+    }
+}
+
 /// What a recording says while it runs. All counters only grow, but `paused`.
 #[derive(Clone, Default)]
 pub struct Watermarks {
@@ -118,14 +180,15 @@ pub async fn record(
     watermarks: Watermarks,
     started: impl FnOnce(RecordingId),
 ) -> Result<Recorded> {
-    let (manifest, images) = prepare(store, &request).await?;
+    let id = RecordingId(rand::random());
+    let mut spec = spec_of(&request);
+    // Before anything is stored: what is refused here leaves nothing behind.
+    let machine = power_on(&request, id, &spec)?;
+    store_images(store, id, &request, &mut spec).await?;
+    let manifest = manifest_of(&request, id, spec);
     let network = request.netdev.as_ref().map(Network::open).transpose()?;
-    let (spec, _) = manifest.builtin().context("the manifest is the built-in machine's")?;
-    let machine = loader::build(spec, &images)?;
-    drop(images);
     let mut live =
         Live::open(store, &manifest, &request.outbox_dir, request.outbox_bytes, &watermarks).await?;
-    let id = manifest.id;
     started(id);
 
     let sink = Sink {
@@ -185,66 +248,80 @@ impl Drop for AbortOnDrop {
     }
 }
 
-async fn prepare(store: &StoreClient, request: &RecordRequest) -> Result<(Manifest, Images)> {
-    async fn put(
-        store: &StoreClient,
-        id: RecordingId,
-        file: &Option<NamedFile>,
-    ) -> Result<(Option<Image>, Option<Arc<[u8]>>)> {
-        match file {
-            None => Ok((None, None)),
-            Some((name, bytes)) => {
-                Ok((Some(put_image(store, id, name, bytes).await?), Some(Arc::from(&bytes[..]))))
-            }
+/// The machine asked for, its images not stored yet: they have no hashes, at which the loader
+/// does not look.
+fn spec_of(request: &RecordRequest) -> MachineSpec {
+    fn unstored((name, bytes): &NamedFile) -> Image {
+        Image { hash: Hash::ZERO, bytes: bytes.len() as u64, index: Hash::ZERO, name: name.clone() }
+    }
+    MachineSpec {
+        harts: request.harts,
+        memory_bytes: request.memory_bytes,
+        shift: request.shift,
+        sleep: request.sleep,
+        bios: request.bios.as_ref().map(unstored),
+        kernel: request.kernel.as_ref().map(unstored),
+        initrd: request.initrd.as_ref().map(unstored),
+        dtb: request.dtb.as_ref().map(unstored),
+        seed: request.seed,
+        append: request.append.clone(),
+        drives: request.drives.iter().map(unstored).collect(),
+        devices: devices(request),
+    }
+}
+
+/// The machine at power-on, if there can be such a one, and such a recording of it.
+fn power_on(request: &RecordRequest, id: RecordingId, spec: &MachineSpec) -> Result<Machine, BadRequest> {
+    fn bytes((_, bytes): &NamedFile) -> Arc<[u8]> {
+        Arc::from(&bytes[..])
+    }
+    // The same checks as a reader's.
+    Manifest::decode(&manifest_of(request, id, spec.clone()).encode())?;
+    let images = Images {
+        bios: request.bios.as_ref().map(bytes),
+        kernel: request.kernel.as_ref().map(bytes),
+        initrd: request.initrd.as_ref().map(bytes),
+        dtb: request.dtb.as_ref().map(bytes),
+        drives: request.drives.iter().map(bytes).collect(),
+    };
+    Ok(loader::build(spec, &images)?)
+}
+
+/// Stores the images, and puts them into `spec` as they are stored.
+async fn store_images(
+    store: &StoreClient,
+    id: RecordingId,
+    request: &RecordRequest,
+    spec: &mut MachineSpec,
+) -> Result<()> {
+    let files = [
+        (&mut spec.bios, &request.bios),
+        (&mut spec.kernel, &request.kernel),
+        (&mut spec.initrd, &request.initrd),
+        (&mut spec.dtb, &request.dtb),
+    ];
+    for (image, file) in files {
+        if let Some((name, bytes)) = file {
+            *image = Some(put_image(store, id, name, bytes).await?);
         }
     }
-    let id = RecordingId(rand::random());
-    let (bios, bios_bytes) = put(store, id, &request.bios).await?;
-    let (kernel, kernel_bytes) = put(store, id, &request.kernel).await?;
-    let (initrd, initrd_bytes) = put(store, id, &request.initrd).await?;
-    let (dtb, dtb_bytes) = put(store, id, &request.dtb).await?;
-    let mut drives = vec![];
-    let mut drive_bytes: Vec<Arc<[u8]>> = vec![];
-    for (name, bytes) in &request.drives {
-        drives.push(put_image(store, id, name, bytes).await?);
-        drive_bytes.push(Arc::from(&bytes[..]));
+    for (image, (name, bytes)) in spec.drives.iter_mut().zip(&request.drives) {
+        *image = put_image(store, id, name, bytes).await?;
     }
+    Ok(())
+}
+
+fn manifest_of(request: &RecordRequest, id: RecordingId, spec: MachineSpec) -> Manifest {
     let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let manifest = Manifest {
+    Manifest {
         version: MANIFEST_VERSION,
         id,
         name: request.name.clone().unwrap_or_else(|| format!("builtin-{}", id.short())),
         labels: request.labels.clone(),
         created_unix_ms: created.as_millis() as u64,
         build: BUILTIN.into(),
-        emulator: EmulatorSpec::Builtin {
-            machine: Box::new(MachineSpec {
-                harts: request.harts,
-                memory_bytes: request.memory_bytes,
-                shift: request.shift,
-                sleep: request.sleep,
-                bios,
-                kernel,
-                initrd,
-                dtb,
-                seed: request.seed,
-                append: request.append.clone(),
-                drives,
-                devices: devices(request),
-            }),
-            positions: request.positions.clone(),
-        },
-    };
-    // The same checks as a reader's, before anything runs.
-    let manifest = Manifest::decode(&manifest.encode())?;
-    let images = Images {
-        bios: bios_bytes,
-        kernel: kernel_bytes,
-        initrd: initrd_bytes,
-        dtb: dtb_bytes,
-        drives: drive_bytes,
-    };
-    Ok((manifest, images))
+        emulator: EmulatorSpec::Builtin { machine: Box::new(spec), positions: request.positions.clone() },
+    }
 }
 
 /// The devices asked for, in the order in which they get their slots.
@@ -415,4 +492,82 @@ async fn deliver(store: &StoreClient, left: LeftBehind, ring: &Path) -> Result<(
     let last = Hash::from_slice(&row.last_chunk).map_err(|e| StoreError::Corrupt(e.to_string()))?;
     store.seal(id, opened.epoch, row.committed_events, last, true).await?;
     Ok((row.committed_events, opened.epoch))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// Firmware that is one instruction long, on 4 MiB.
+    fn request() -> RecordRequest {
+        RecordRequest {
+            name: None,
+            labels: BTreeMap::new(),
+            harts: 1,
+            memory_bytes: 4 << 20,
+            shift: 3,
+            sleep: Sleep::Off,
+            bios: Some(file(4)),
+            kernel: None,
+            initrd: None,
+            dtb: None,
+            seed: None,
+            append: String::new(),
+            drives: vec![],
+            netdev: None,
+            has_rng: false,
+            has_virtio_console: false,
+            positions: Positions {
+                check_every: 1_000_000,
+                digest_every: 10_000_000,
+                snapshot_every: 0,
+                snapshots_at: vec![],
+            },
+            outbox_dir: PathBuf::new(),
+            outbox_bytes: 0,
+        }
+    }
+
+    fn file(bytes: usize) -> NamedFile {
+        ("file".into(), Bytes::from(vec![0; bytes]))
+    }
+
+    fn refused(request: &RecordRequest) -> Option<String> {
+        let built = power_on(request, RecordingId([7; 16]), &spec_of(request));
+        built.err().map(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_by_the_names_of_its_options() {
+        assert_eq!(refused(&request()), None);
+        let cases = [
+            (
+                RecordRequest { memory_bytes: 3 << 20, ..request() },
+                "--memory is 3145728: a multiple of 2 MiB",
+            ),
+            (RecordRequest { shift: 11, ..request() }, "--shift is 11: at most 10"),
+            (RecordRequest { harts: 9, ..request() }, "--harts is 9: from 1 to 8"),
+            (
+                RecordRequest { drives: vec![file(512); 8], has_rng: true, ..request() },
+                "--virtio-console) is 9: ",
+            ),
+            (RecordRequest { seed: Some(7), dtb: Some(file(64)), ..request() }, "--seed is 7: none where"),
+            (RecordRequest { dtb: Some(file(64)), ..request() }, "the file given as device tree is none"),
+            (
+                RecordRequest { bios: None, kernel: Some(file(64)), ..request() },
+                "give --bios for a raw image",
+            ),
+            (RecordRequest { initrd: Some(file(3 << 20)), ..request() }, "initrd does not fit"),
+        ];
+        for (request, says) in cases {
+            let said = refused(&request).unwrap();
+            assert!(said.contains(says), "{said}");
+        }
+        let said = BadRequest::from(LoadError::Memory(4 << 30)).to_string();
+        assert!(
+            said.ends_with("4294967296 bytes of memory for the guest's RAM; give less --memory"),
+            "{said}"
+        );
+    }
 }

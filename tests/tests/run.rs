@@ -366,6 +366,26 @@ fn the_bundled_guest_has_its_own_harts_and_memory() {
 }
 
 #[test]
+fn a_guest_that_cannot_be_is_refused_by_its_options_and_nothing_is_recorded() {
+    let (embedded, dir) = (Embedded::default(), TempDir::new().unwrap());
+    let file = dir.path().join("zeros");
+    std::fs::write(&file, [0; 64]).unwrap();
+    let zeros = file.to_str().unwrap();
+    let cases = [
+        (["--bios", zeros, "--memory", "3M"], "--memory"),
+        (["--bios", zeros, "--shift", "11"], "--shift"),
+        (["--bios", zeros, "--dtb", zeros], "device tree"),
+        (["--kernel", zeros, "--memory", "16M"], "--bios"),
+    ];
+    for (options, says) in cases {
+        let record = ["record", "builtin", "--name", "none"];
+        let said = embedded.heddle(&[&record[..], &options].concat()).expect(2).err;
+        assert!(said.contains(says), "{said}");
+    }
+    assert_eq!(embedded.heddle(&["get", "recordings", "-o", "name"]).expect(0).out.trim(), "");
+}
+
+#[test]
 fn what_cannot_run_is_refused_with_what_and_where() {
     let Some(assembler) = Assembler::new() else { return };
     let refused = |path: &Path, text: &str| {

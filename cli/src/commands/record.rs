@@ -7,10 +7,10 @@ use crate::exit::{OK, USAGE, coded, of_guest};
 use crate::output;
 use anyhow::{Context, Result};
 use bytes::Bytes;
-use heddle_node::record::{Console, NamedFile, RecordRequest, Watermarks, record};
+use heddle_node::record::{BadRequest, Console, NamedFile, RecordRequest, Watermarks, record};
 use heddle_proto::manifest::{MachineSpec, Positions, Sleep};
 use heddle_replay_engine::guest;
-use heddle_replay_engine::machine::loader::{self, Images, LoadError};
+use heddle_replay_engine::machine::loader::{self, Images};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -42,10 +42,7 @@ pub async fn run(cluster: &Cluster, command: RecordBuiltin, format: Format) -> R
     let coordinator = Some(cluster.file.coordinator.clone());
     let recorded = record(&cluster.store, coordinator, request, console, watermarks.clone(), |_| {}).await;
     terminal.close();
-    let recorded = recorded.map_err(|error| match error.downcast_ref::<LoadError>() {
-        Some(LoadError::Memory(_)) => error.context("give the guest less --memory"),
-        _ => error,
-    })?;
+    let recorded = recorded?;
     let summary = json!({
         "recording": recorded.name,
         "id": recorded.id,
@@ -190,7 +187,7 @@ pub fn dump_dtb(command: &RecordBuiltin, to: &Path) -> Result<u8> {
         append: command.append.clone(),
         ..guest::spec()
     };
-    spec.check().map_err(|error| coded(USAGE, error.to_string()))?;
+    spec.check().map_err(BadRequest::from)?;
     let images = Images {
         bios: file(&command.bios)?,
         kernel: if is_bundled { Some(Arc::from(guest::LOOM_ELF)) } else { file(&command.kernel)? },
@@ -198,7 +195,7 @@ pub fn dump_dtb(command: &RecordBuiltin, to: &Path) -> Result<u8> {
         dtb: file(&command.dtb)?,
         drives: vec![],
     };
-    let blob = loader::device_tree(&spec, &images).map_err(|error| coded(USAGE, error.to_string()))?;
+    let blob = loader::device_tree(&spec, &images).map_err(BadRequest::from)?;
     std::fs::write(to, blob).with_context(|| format!("write {}", to.display()))?;
     Ok(OK)
 }
