@@ -101,7 +101,7 @@ async fn what_is_not_there_is_said_with_its_exit_code() {
     let said = p
         .heddle(&["record", "builtin", "--name", "x", "--kernel", nonsense.to_str().unwrap()])
         .await
-        .expect(1);
+        .expect(2);
     assert!(said.err.contains("ELF"), "{}", said.err);
     p.heddle(&["record", "builtin", "--name", "one", "--snapshot-every", "0", "-o", "name"]).await.expect(0);
     p.heddle(&["replay", "one", "--against", "qemu-99"]).await.expect(6);
