@@ -84,7 +84,7 @@ pub enum Command {
     Replay(Replay),
     /// Find the first divergence of a recording from its log, or of another build from it.
     Hunt(Hunt),
-    /// Make snapshots of a QEMU recording with a replay, so that it replays in parallel.
+    /// Make snapshots of a recording afterwards with a replay, so that it replays in parallel.
     Index(Index),
     /// Compare two recordings' logs, without a replay.
     Diff(Diff),

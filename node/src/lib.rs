@@ -10,6 +10,7 @@ pub mod chunker;
 pub mod container;
 pub mod debugger;
 pub mod gdb;
+pub mod index;
 pub mod live;
 pub mod network;
 pub mod outbox;

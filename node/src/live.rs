@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use heddle_proto::v1::coordinator_client::CoordinatorClient;
 use heddle_proto::{ChunkBuilder, Hash, Manifest, RecordingId, v1};
+use heddle_replay_engine::Snapshot;
 use heddle_storage::{StoreClient, StoreError, channel};
 use std::path::Path;
 use std::sync::Arc;
@@ -29,6 +30,19 @@ pub struct NewSnapshot {
     pub blocks: Vec<(Hash, Bytes)>,
     /// What the catalog says of it.
     pub row: v1::SnapshotRow,
+}
+
+impl From<Snapshot> for NewSnapshot {
+    fn from(snapshot: Snapshot) -> NewSnapshot {
+        let row = v1::SnapshotRow {
+            icount: snapshot.position.icount,
+            event: snapshot.position.event,
+            root: snapshot.root.to_vec().into(),
+            digest: snapshot.digest.to_vec().into(),
+        };
+        let blocks = snapshot.blocks.into_iter().map(|(hash, bytes)| (hash, Bytes::from(bytes))).collect();
+        NewSnapshot { blocks, row }
+    }
 }
 
 impl NewSnapshot {

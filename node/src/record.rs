@@ -2,7 +2,7 @@
 
 use crate::blocks::put_image;
 use crate::chunker::{CHUNK_BYTES_MAX, Chunker};
-use crate::live::{Live, NewSnapshot, SnapshotQueue};
+use crate::live::{Live, SnapshotQueue};
 use crate::network::{Netdev, Network};
 use crate::outbox::{LeftBehind, left_behind, read_left_behind};
 use crate::rewrite::{append, compact};
@@ -356,14 +356,7 @@ impl RecordSink for Sink {
     }
 
     fn snapshot(&mut self, snapshot: Snapshot) {
-        let row = v1::SnapshotRow {
-            icount: snapshot.position.icount,
-            event: snapshot.position.event,
-            root: snapshot.root.to_vec().into(),
-            digest: snapshot.digest.to_vec().into(),
-        };
-        let blocks = snapshot.blocks.into_iter().map(|(hash, bytes)| (hash, Bytes::from(bytes))).collect();
-        self.snapshots.push(NewSnapshot { blocks, row });
+        self.snapshots.push(snapshot.into());
     }
 
     fn console(&mut self, bytes: &[u8]) {

@@ -67,6 +67,11 @@ impl Span {
         Ok(Span { manifest, images, chunks, bounds, end, blocks: blocks.clone() })
     }
 
+    /// What was recorded.
+    pub(crate) fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
     /// The recorded build.
     pub fn build(&self) -> &str {
         &self.manifest.build
@@ -115,6 +120,18 @@ pub struct Control {
     pub stall_after: Option<Duration>,
 }
 
+impl Control {
+    /// As the engine takes it.
+    pub(crate) fn options(self) -> ReplayOptions {
+        let defaults = ReplayOptions::default();
+        ReplayOptions {
+            stall_after: self.stall_after.unwrap_or(defaults.stall_after),
+            cancel: self.cancel,
+            progress: self.progress,
+        }
+    }
+}
+
 /// A finished replay: the verdict, and what the console printed.
 pub struct Replayed {
     /// The verdict.
@@ -126,15 +143,7 @@ pub struct Replayed {
 /// Replays a span with `build`, on two threads.
 pub async fn replay(span: Span, build: Build, control: Control) -> Result<Replayed> {
     let to_digest = span.bounds.to_digest.clone();
-    let done = tokio::task::spawn_blocking(move || {
-        let defaults = ReplayOptions::default();
-        let options = ReplayOptions {
-            stall_after: control.stall_after.unwrap_or(defaults.stall_after),
-            cancel: control.cancel,
-            progress: control.progress,
-        };
-        io::replay(span.emulator(build)?, &options)
-    });
+    let done = tokio::task::spawn_blocking(move || io::replay(span.emulator(build)?, &control.options()));
     let replay = done.await?.map_err(|error| anyhow!(error))?;
     if replay.verdict.is_match() && !to_digest.is_empty() {
         let expected = Hash::from_slice(&to_digest)?;

@@ -1,6 +1,7 @@
 //! The worker: takes leases, runs them, reports verdicts, shows life.
 
 use crate::blocks::BlockCache;
+use crate::index::index;
 use crate::qemu;
 use crate::qemu::builds::{self, QemuBuild};
 use crate::qemu::task::Means;
@@ -170,6 +171,7 @@ impl Worker {
         match task.kind.as_str() {
             "replay" => Ok(replay(span, build, control).await?.result),
             "lockstep" => lockstep(span, build, task.every_instruction, control).await,
+            "index" => index(&self.store, span, build, task.snapshots, control).await,
             other => bail!("this node does not know tasks of kind {other:?}"),
         }
     }

@@ -343,3 +343,53 @@ async fn a_state_is_the_replays_and_a_part_is_judged_alone() {
     p.heddle(&["replay", NAME, "--from", &to, "--to", &from]).await.expect(2);
     p.cluster.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshots_made_afterwards_serve_as_recorded_ones() {
+    let p = Processes::start(2, 10_000).await;
+    let record = ["record", "builtin", "--name", NAME, "--snapshot-every", "0", "-o", "json"];
+    let done = p.heddle(&record).await.expect(0).json();
+    let row = p.row(NAME).await.unwrap();
+    assert!(row.snapshots.is_empty());
+    // Near the end, where the last snapshot will be the nearest.
+    let end = row.committed_icount;
+    let at = end - end / 8;
+    let from_power_on = state(&p, at, &[]).await;
+
+    let index = ["index", NAME, "--snapshots", "3", "-o", "json"];
+    let made = p.heddle(&index).await.expect(0).json();
+    let snapshots = p.row(NAME).await.unwrap().snapshots;
+    let places: Vec<u64> = snapshots.iter().map(|snapshot| snapshot.icount).collect();
+    assert_eq!(made["snapshots"], json!(places), "{made}");
+    assert_eq!(places.len(), 3, "{made}");
+    for (part, icount) in (1..).zip(&places) {
+        assert!((end * part / 4).abs_diff(*icount) <= 1_000_000 / 2, "{icount} of {end}");
+    }
+
+    let replay = ["replay", NAME, "--spans", "4", "-o", "json"];
+    let spans = p.heddle(&replay).await.expect(0).json();
+    assert_eq!((&spans["verdict"], &spans["role_mismatches"]), (&json!("match"), &json!(0)), "{spans}");
+    assert_eq!((&spans["digest"], &spans["instructions"]), (&done["digest"], &done["instructions"]));
+    let found = spans["spans"].as_array().unwrap();
+    assert_eq!(found.len(), 4, "{spans}");
+    for (span, snapshot) in found.iter().zip(&snapshots) {
+        let digest: String = snapshot.digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!((&span["to"], &span["digest"]), (&json!(snapshot.icount), &json!(digest)));
+    }
+    assert_eq!(state(&p, at, &[]).await, from_power_on);
+    let from = at.to_string();
+    let rest = p.heddle(&["replay", NAME, "--from", &from, "-o", "json"]).await.expect(0).json();
+    assert_eq!((&rest["verdict"], &rest["digest"]), (&json!("match"), &done["digest"]));
+    let session = debug(&p, places[2], &[]);
+    let said = session.gdb(&["monitor icount", "reverse-stepi", "monitor icount"]).await;
+    assert_eq!(icounts(&said), [places[2], places[2] - 1], "{said}");
+    drop(session);
+
+    // Again it has nothing to make; more of them are added to those.
+    let again = p.heddle(&index).await.expect(0).json();
+    assert_eq!(again["snapshots"], json!([]), "{again}");
+    let more = p.heddle(&["index", NAME, "--snapshots", "7", "-o", "json"]).await.expect(0).json();
+    assert_eq!(more["snapshots"].as_array().unwrap().len(), 4, "{more}");
+    assert_eq!(p.row(NAME).await.unwrap().snapshots.len(), 7);
+    p.cluster.stop().await;
+}

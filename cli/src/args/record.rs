@@ -122,7 +122,8 @@ pub struct RecordBuiltin {
     /// Whether idle time passes in real time or is jumped over.
     #[arg(long, default_value = "on", value_parser = ["on", "off"])]
     pub sleep: String,
-    /// Instructions between snapshots, 0 for none; a multiple of 10,000,000.
+    /// Instructions between snapshots, 0 for none; a multiple of 10,000,000. `heddle index` makes
+    /// them later.
     #[arg(long, default_value_t = 50_000_000)]
     pub snapshot_every: u64,
 }

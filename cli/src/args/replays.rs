@@ -60,7 +60,9 @@ pub struct Hunt {
 pub struct Index {
     /// The recording.
     pub recording: String,
-    /// How many snapshots to make, spread so that the parts cost the same to replay.
+    /// How many snapshots to make, spread so that the parts cost the same to replay. On the
+    /// built-in machine they stand at multiples of 1,000,000 instructions, and those that it has
+    /// there already are not made again.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=512))]
     pub snapshots: u32,
     /// Give up after so many seconds.

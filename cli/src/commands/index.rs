@@ -1,4 +1,4 @@
-//! `heddle index`: snapshots of a QEMU recording, made by a replay.
+//! `heddle index`: snapshots of a recording, made afterwards by a replay.
 
 use super::recordings;
 use super::replay::{new_job_id, run_job};
@@ -41,6 +41,11 @@ pub async fn run(cluster: &Cluster, command: Index, format: Format) -> Result<u8
                 .collect();
             let seconds = began.elapsed().as_secs_f64();
             let count = places.len();
+            if places.is_empty() {
+                let why = "it has those already, or is too short for any";
+                output::line(format!("{}: no new snapshots: {why}", command.recording))?;
+                return Ok(OK);
+            }
             output::line(format!(
                 "{}: {count} snapshots in {seconds:.1} s, at {}",
                 command.recording,

@@ -9,7 +9,7 @@ use heddle_replay_engine::lockstep::{Pair, first_difference};
 use heddle_replay_engine::machine::Machine;
 use heddle_replay_engine::page_tree::BlockSource;
 use heddle_replay_engine::schedule::{self, Seeded};
-use heddle_replay_engine::{AsyncQueue, Build, Emulator, Fault, LogEnd, Replayer};
+use heddle_replay_engine::{AsyncQueue, Build, Emulator, Fault, LogEnd, Replayer, Snapshot};
 use serde_json::Value;
 use std::collections::{HashMap, HashSet};
 
@@ -35,26 +35,35 @@ struct Recorded {
 }
 
 fn record(seed: u64) -> Recorded {
+    record_with(seed, positions()).0
+}
+
+fn record_with(seed: u64, positions: Positions) -> (Recorded, Vec<Snapshot>) {
     let queue = AsyncQueue::default();
     let sleep = if seed % 4 == 3 { Sleep::Off } else { Sleep::On };
-    let mut emulator = Emulator::record(guest(), positions(), sleep, queue.clone());
+    let mut emulator = Emulator::record(guest(), positions, sleep, queue.clone());
     let input = vec![b"he".to_vec(), b"ddle\n".to_vec()];
     let events = schedule::record(&mut emulator, &queue, seed, input, 4_000_000);
     assert!(emulator.has_ended(), "seed {seed}: the guest did not end");
-    Recorded {
+    let recorded = Recorded {
         events,
         digest: emulator.digest(),
         console: emulator.machine_mut().take_console(),
         end: emulator.position().icount,
         sleep,
         blocks: Blocks::default(),
-    }
+    };
+    (recorded, emulator.take_snapshots())
 }
 
 impl Recorded {
     fn replay(&self, from: Position, build: Build) -> Emulator {
+        self.replay_to(LogEnd::Complete, from, build)
+    }
+
+    fn replay_to(&self, end: LogEnd, from: Position, build: Build) -> Emulator {
         let events = self.events[from.event as usize..].to_vec();
-        let replayer = Replayer::new(Box::new(events.into_iter()), from, LogEnd::Complete);
+        let replayer = Replayer::new(Box::new(events.into_iter()), from, end);
         Emulator::replay(guest(), replayer, positions(), self.sleep, build)
     }
 }
@@ -119,6 +128,40 @@ fn snapshots_anywhere_change_nothing_and_start_a_replay() {
             let verdict = emulator.verdict().unwrap();
             assert!(verdict.is_match(), "seed {seed} from {from}: {:?}", verdict.outcome);
             assert_eq!(verdict.digest, Some(recorded.digest), "seed {seed} from {from}");
+        }
+    }
+}
+
+#[test]
+fn a_replay_makes_the_snapshots_of_the_recording_and_spans_end_at_them() {
+    for seed in 0..4 {
+        let Positions { check_every, digest_every, .. } = positions();
+        let every = Positions { snapshot_every: digest_every, ..positions() };
+        let (mut recorded, originals) = record_with(seed, every);
+        assert!(originals.len() > 1, "seed {seed}: the guest ended at {}", recorded.end);
+        let mut whole = recorded.replay(Position::default(), Build::default());
+        whole.capture_at((1..).map(|n| n * check_every).take_while(|at| *at < recorded.end).collect());
+        schedule::replay(&mut whole, seed + 1);
+        assert!(whole.verdict().unwrap().is_match(), "seed {seed}");
+        let made = whole.take_snapshots();
+        // The root has the checks and the place in the log, too.
+        let named = |snapshot: &Snapshot| (snapshot.position, snapshot.digest, snapshot.root);
+        let is_original = |snapshot: &&Snapshot| snapshot.position.icount % digest_every == 0;
+        let again: Vec<_> = made.iter().filter(is_original).map(named).collect();
+        let originals = originals.iter().filter(|snapshot| snapshot.position.icount < recorded.end);
+        assert_eq!(again, originals.map(named).collect::<Vec<_>>(), "seed {seed}");
+        // Each is where the span before it ends, though most have no digest in the log.
+        for snapshot in &made {
+            recorded.blocks.0.extend(snapshot.blocks.iter().cloned());
+        }
+        for pair in made.windows(2) {
+            let (from, to) = (pair[0].position, pair[1].position);
+            let mut span = recorded.replay_to(LogEnd::Before(to.event), from, Build::default());
+            span.restore(pair[0].root, &mut recorded.blocks).unwrap();
+            schedule::replay(&mut span, seed + 2);
+            let verdict = span.verdict().unwrap();
+            assert!(verdict.is_match(), "seed {seed} from {from}: {:?}", verdict.outcome);
+            assert_eq!((verdict.to, verdict.digest), (to, Some(pair[1].digest)), "seed {seed} from {from}");
         }
     }
 }
