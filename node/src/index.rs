@@ -43,10 +43,8 @@ pub async fn index(
     let mut made = vec![];
     // In the order taken: a snapshot's blocks include none of earlier ones.
     for snapshot in replay.snapshots {
-        let NewSnapshot { blocks, row: new } = NewSnapshot::from(snapshot);
-        made.push(new.icount);
-        store.put_blocks(id, blocks).await.context("store a snapshot's blocks")?;
-        store.add_snapshot(id, row.epoch, new).await.context("add a snapshot")?;
+        made.push(snapshot.position.icount);
+        NewSnapshot::from(snapshot).store(store, id, row.epoch).await.context("store a snapshot")?;
     }
     Ok(TaskResult::Index { snapshots: made })
 }

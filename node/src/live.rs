@@ -25,6 +25,7 @@ const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
 const DRAIN_POLL: Duration = Duration::from_millis(2);
 
 /// A snapshot to be stored.
+#[derive(Clone)]
 pub struct NewSnapshot {
     /// Its blocks.
     pub blocks: Vec<(Hash, Bytes)>,
@@ -46,6 +47,13 @@ impl From<Snapshot> for NewSnapshot {
 }
 
 impl NewSnapshot {
+    /// Stores it, as of the recording `id`, by its writer of this epoch: first its blocks, so that
+    /// no row names what is not there.
+    pub async fn store(self, store: &StoreClient, id: RecordingId, epoch: u64) -> Result<(), StoreError> {
+        store.put_blocks(id, self.blocks).await?;
+        store.add_snapshot(id, epoch, self.row).await
+    }
+
     fn bytes(&self) -> u64 {
         self.blocks.iter().map(|(_, bytes)| bytes.len() as u64).sum()
     }
@@ -202,11 +210,7 @@ async fn upload_snapshots(
     while let Some(snapshot) = snapshots.recv().await {
         let bytes = snapshot.bytes();
         loop {
-            let stored = async {
-                store.put_blocks(id, snapshot.blocks.clone()).await?;
-                store.add_snapshot(id, epoch, snapshot.row.clone()).await
-            };
-            match stored.await {
+            match snapshot.clone().store(&store, id, epoch).await {
                 Ok(()) => break,
                 Err(StoreError::Unavailable(_)) => {}
                 Err(error) => return Err(error).context("store a snapshot"),

@@ -5,6 +5,7 @@ mod signature;
 use crate::args::Run;
 use crate::exit::{OK, TIMEOUT, UNEXPECTED, USAGE, coded, of_guest};
 use anyhow::{Context, Result};
+use heddle_node::record::BadRequest;
 use heddle_proto::manifest::{MachineSpec, Sleep};
 use heddle_proto::verdict::on_hart;
 use heddle_replay_engine::bare::{Bare, Pause};
@@ -111,7 +112,7 @@ fn load(command: &Run, elf: Vec<u8>) -> Result<Machine> {
     };
     let images = Images { kernel: Some(Arc::from(elf)), ..Images::default() };
     loader::build(&spec, &images).map_err(|error| match error {
-        LoadError::Memory(_) => coded(USAGE, format!("give the guest less --memory: {error}")),
+        LoadError::Memory(_) => BadRequest::from(error).into(),
         _ => refused(&command.elf, &error.to_string()),
     })
 }

@@ -1,7 +1,6 @@
 //! A task of a QEMU recording's: what a lease asks of a node.
 
 use crate::blocks::BlockCache;
-use crate::live::NewSnapshot;
 use crate::qemu::builds::QemuBuild;
 use crate::qemu::doctor::ensure_able;
 use crate::qemu::hunt::{self, Side};
@@ -114,11 +113,7 @@ async fn index(
         stepped::index(&span, &build, &wanted, &is_cancelled, |captured: Captured| {
             let icount = captured.root.position.icount;
             let event = span.events.partition_point(|event| event.icount <= icount) as u64;
-            let NewSnapshot { blocks, row } = captured.finish(event);
-            runtime.block_on(async {
-                store.put_blocks(id, blocks).await?;
-                store.add_snapshot(id, epoch, row).await
-            })?;
+            runtime.block_on(captured.finish(event).store(&store, id, epoch))?;
             made.push(icount);
             Ok(())
         })?;
