@@ -182,6 +182,8 @@ impl Ring {
     pub fn push(&mut self, bytes: &[u8]) -> Result<usize> {
         let written = self.offset()?.max(HEADER_BYTES);
         let used = written.checked_sub(self.taken.max(HEADER_BYTES)).filter(|used| *used <= BYTES);
+        // There is no log so long that its offsets come to an end.
+        let used = used.filter(|_| written.checked_add(BYTES).is_some());
         let room = BYTES - used.with_context(|| format!("{} is damaged", self.path.display()))?;
         let bytes = &bytes[..bytes.len().min(room as usize)];
         let mut done = 0;
@@ -266,5 +268,27 @@ impl Ring {
             at += len;
         }
         Ok((marks, written))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offsets_at_the_end_of_all_numbers_are_refused() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("ring");
+        let mut ring = Ring::create(&path, Mode::Record, Dialect::Qemu7)?;
+        for (written, is_sound) in
+            [(u64::MAX - BYTES, true), (u64::MAX - BYTES + 1, false), (u64::MAX, false)]
+        {
+            ring.set(WRITTEN, written)?;
+            ring.give_back(written, Position::default())?;
+            let pushed = Ring::open(&path)?.push(b"warp").map_err(|error| error.to_string());
+            let expected = if is_sound { Ok(4) } else { Err(format!("{} is damaged", path.display())) };
+            assert_eq!(pushed, expected, "{written:#x}");
+        }
+        Ok(())
     }
 }
