@@ -555,8 +555,9 @@ impl LogStore for StoreService {
 
 /// Hashes of one request to pin.
 pub const PIN_MAX: usize = 4096;
-/// The fastest: a snapshot's pages wait for it.
-const BLOCK_LEVEL: i32 = 1;
+/// A snapshot's pages wait for it: of a booting Linux's, level 1 takes half as long again and
+/// makes them 5 % smaller.
+const BLOCK_LEVEL: i32 = -1;
 
 /// Compresses a block for the wire and the store.
 pub fn compress_block(bytes: &[u8]) -> Bytes {
