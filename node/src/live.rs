@@ -70,15 +70,13 @@ impl SnapshotQueue {
     /// Takes a snapshot.
     pub fn push(&self, snapshot: NewSnapshot) {
         self.waiting_bytes.fetch_add(snapshot.bytes(), Ordering::Relaxed);
-        if self.sender.send(snapshot).is_err() {
-            // Nobody stores any more: the guest must not wait for that. The seal says why.
-            self.waiting_bytes.store(0, Ordering::Relaxed);
-        }
+        // Where nobody stores any more, the recording is at its end: `Live::refused` says why.
+        let _ = self.sender.send(snapshot);
     }
 
-    /// Whether the guest must pause.
+    /// Whether the guest must pause, for those that wait to be stored.
     pub fn is_full(&self) -> bool {
-        self.waiting_bytes.load(Ordering::Relaxed) > SNAPSHOT_BYTES_MAX
+        !self.sender.is_closed() && self.waiting_bytes.load(Ordering::Relaxed) > SNAPSHOT_BYTES_MAX
     }
 }
 
@@ -92,7 +90,8 @@ pub struct Live {
     /// Where snapshots go; taken by whoever makes them, dropped at the end.
     pub snapshots: Option<SnapshotQueue>,
     uploads: JoinHandle<StoreError>,
-    snapshot_uploads: JoinHandle<Result<()>>,
+    /// None, once it has come to its end.
+    snapshot_uploads: Option<JoinHandle<Result<()>>>,
     life: Option<JoinHandle<()>>,
 }
 
@@ -127,7 +126,7 @@ impl Live {
             chunker,
             snapshots: Some(SnapshotQueue { sender, waiting_bytes }),
             uploads: tokio::spawn(async move { uploader.run().await }),
-            snapshot_uploads: tokio::spawn(uploading),
+            snapshot_uploads: Some(tokio::spawn(uploading)),
             life: None,
         })
     }
@@ -152,11 +151,15 @@ impl Live {
 
     /// Ends when the store takes no more of this recording, with the reason.
     pub async fn refused(&mut self) -> String {
-        let error =
-            (&mut self.uploads).await.unwrap_or_else(|error| StoreError::Unavailable(error.to_string()));
+        let error = tokio::select! {
+            error = &mut self.uploads => error.map_or_else(anyhow::Error::from, anyhow::Error::from),
+            error = refusal(&mut self.snapshot_uploads) => error,
+        };
         let kept = self.chunker.with_outbox(|outbox| outbox.path().display().to_string());
         let kept = kept.unwrap_or_default();
-        format!("the store takes no more of this recording ({error}); what it did not take is kept in {kept}")
+        format!(
+            "the store takes no more of this recording ({error:#}); what it did not take is kept in {kept}"
+        )
     }
 
     /// Delivers the rest and seals. Whoever made snapshots has dropped its queue. `done` is
@@ -174,7 +177,11 @@ impl Live {
             () = drained => {}
             why = self.refused() => bail!(why),
         }
-        (&mut self.snapshot_uploads).await.context("upload snapshots")??;
+        if let Some(uploads) = &mut self.snapshot_uploads {
+            let stored = uploads.await;
+            self.snapshot_uploads = None;
+            stored.context("upload snapshots")??;
+        }
         let row = self.store.get(self.id).await?;
         self.store
             .seal(self.id, self.epoch, row.committed_events, Hash::from_slice(&row.last_chunk)?, is_cut)
@@ -192,11 +199,24 @@ impl Live {
 impl Drop for Live {
     fn drop(&mut self) {
         self.uploads.abort();
-        self.snapshot_uploads.abort();
-        if let Some(life) = &self.life {
-            life.abort();
+        let tasks = [
+            self.snapshot_uploads.as_ref().map(JoinHandle::abort_handle),
+            self.life.as_ref().map(JoinHandle::abort_handle),
+        ];
+        tasks.into_iter().flatten().for_each(|task| task.abort());
+    }
+}
+
+/// Why the task came to its end, if that was an error; otherwise never.
+async fn refusal(task: &mut Option<JoinHandle<Result<()>>>) -> anyhow::Error {
+    if let Some(running) = task {
+        let ended = running.await;
+        *task = None;
+        if let Err(error) = ended.map_err(anyhow::Error::from).flatten() {
+            return error;
         }
     }
+    std::future::pending().await
 }
 
 /// Stores snapshots in the order taken: a snapshot's blocks include none of earlier ones.
@@ -219,4 +239,41 @@ async fn upload_snapshots(
         waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guest_waits_for_snapshots_only_while_somebody_stores_them() {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let queue = SnapshotQueue { sender, waiting_bytes: Arc::default() };
+        let data = Bytes::from(vec![0; SNAPSHOT_BYTES_MAX as usize]);
+        let large = NewSnapshot { blocks: vec![(Hash::ZERO, data)], row: v1::SnapshotRow::default() };
+        queue.push(large.clone());
+        assert!(!queue.is_full());
+        queue.push(large.clone());
+        assert!(queue.is_full());
+        drop(receiver);
+        assert!(!queue.is_full());
+        queue.push(large);
+        assert!(!queue.is_full());
+    }
+
+    #[tokio::test]
+    async fn only_a_task_that_failed_refuses() {
+        let mut task = Some(tokio::spawn(async { Err(anyhow::anyhow!("no room")) }));
+        assert_eq!(refusal(&mut task).await.to_string(), "no room");
+        let mut task = Some(tokio::spawn(async { Ok(()) }));
+        while !task.as_ref().is_none_or(JoinHandle::is_finished) {
+            tokio::task::yield_now().await;
+        }
+        tokio::select! {
+            biased;
+            error = refusal(&mut task) => assert!(false, "{error}"),
+            () = std::future::ready(()) => {}
+        }
+        assert!(task.is_none());
+    }
 }
