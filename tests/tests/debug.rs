@@ -312,6 +312,9 @@ async fn a_state_is_the_replays_and_a_part_is_judged_alone() {
     for wrong in [["--memory", "0:16"], ["--memory", "0x80000000:0"]] {
         p.heddle(&[&["state", NAME, "--at", "1000"], &wrong[..]].concat()).await.expect(2);
     }
+    let last = ["state", NAME, "--at", "1000", "--virtual", "--memory", "0xffffffffffffffff:1"];
+    let refused = p.heddle(&last).await.expect(2).err;
+    assert!(refused.contains("is mapped at 0xffffffffffffffff"), "{refused}");
     let outside = p.heddle(&["state", NAME, "--at", "1000", "--memory", "0:16"]).await.expect(2).err;
     assert!(outside.contains("in RAM, which is 0x80000000..0x81000000"), "{outside}");
     for command in [vec!["replay", NAME, "--console"], vec!["debug", NAME, "--at", "1000"]] {

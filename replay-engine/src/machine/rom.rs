@@ -43,8 +43,8 @@ impl Rom {
 
     /// Reads bytes; whether they are all in it.
     pub(super) fn read(&self, pa: u64, out: &mut [u8]) -> bool {
-        let bytes = (pa..).map_while(|at| self.load(at, 1));
-        out.iter_mut().zip(bytes).map(|(out, byte)| *out = byte as u8).count() == out.len()
+        let byte = |i: u64| self.load(pa.checked_add(i)?, 1);
+        out.iter_mut().zip(0..).all(|(out, i)| byte(i).map(|byte| *out = byte as u8).is_some())
     }
 
     /// Loads `len` bytes, at most 8, zero-extended; `None`, if they are not all in it.
@@ -72,6 +72,7 @@ mod tests {
         let mut word = [0; 4];
         assert!(rom.read(ROM, &mut word) && word == 0x297u32.to_le_bytes());
         assert!(!rom.read(ROM + ROM_BYTES - 3, &mut word));
+        assert!(!rom.read(u64::MAX, &mut word) && !rom.read(u64::MAX, &mut [0]));
         assert_eq!((rom.load(u64::MAX, 8), Rom::default().load(ROM, 1)), (None, None));
     }
 }
