@@ -17,7 +17,7 @@ const IMAGE_BLOCK_BYTES: usize = 64 << 10;
 const INDEX_HASHES: usize = 8192;
 /// Largest image: an index of indexes of blocks, more than any guest here needs.
 pub const IMAGE_BYTES_MAX: u64 = 4 << 30;
-/// Bytes of blocks a node keeps in memory; beyond it all are forgotten.
+/// Bytes of blocks a node keeps in memory, and of images; beyond it all are forgotten.
 const CACHE_BYTES_MAX: usize = 512 << 20;
 
 /// Stores a file that a recording refers to; each hash is stored once, whatever file it
@@ -88,7 +88,19 @@ pub struct BlockCache {
 struct Cache {
     blocks: HashMap<Hash, Bytes>,
     images: HashMap<Hash, Arc<[u8]>>,
+    /// Of the blocks.
     bytes: usize,
+}
+
+impl Cache {
+    /// Keeps an image, beside others as long as all have at most so many bytes.
+    fn keep_image(&mut self, hash: Hash, image: Arc<[u8]>, bytes_max: usize) {
+        let kept: usize = self.images.values().map(|image| image.len()).sum();
+        if kept.saturating_add(image.len()) > bytes_max {
+            self.images.clear();
+        }
+        self.images.insert(hash, image);
+    }
 }
 
 impl BlockCache {
@@ -163,10 +175,7 @@ impl BlockCache {
         );
         let bytes: Arc<[u8]> = Arc::from(bytes);
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        if cache.images.len() >= 64 {
-            cache.images.clear();
-        }
-        cache.images.insert(image.hash, bytes.clone());
+        cache.keep_image(image.hash, bytes.clone(), CACHE_BYTES_MAX);
         Ok(bytes)
     }
 
@@ -195,5 +204,26 @@ impl BlockSource for BlockCache {
     fn blocks(&mut self, hashes: &[Hash]) -> Result<Vec<Vec<u8>>, String> {
         let blocks = self.runtime.block_on(self.get(hashes)).map_err(|error| format!("{error:#}"))?;
         Ok(blocks.into_iter().map(|block| block.to_vec()).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_are_kept_while_all_have_so_many_bytes_and_the_last_one_always() {
+        let mut cache = Cache::default();
+        let mut kept_after = |number: u8, bytes: usize| {
+            cache.keep_image(Hash([number; 32]), Arc::from(vec![0; bytes]), 100);
+            let mut kept: Vec<u8> = cache.images.keys().map(|hash| hash.0[0]).collect();
+            kept.sort_unstable();
+            kept
+        };
+        assert_eq!(kept_after(1, 60), [1]);
+        assert_eq!(kept_after(2, 40), [1, 2]);
+        assert_eq!(kept_after(3, 1), [3]);
+        assert_eq!(kept_after(4, 101), [4]);
+        assert_eq!(kept_after(5, 1), [5]);
     }
 }
