@@ -1,6 +1,6 @@
 //! Recording a guest into the cluster, live.
 
-use crate::blocks::put_image;
+use crate::blocks::{IMAGE_BYTES_MAX, put_image};
 use crate::chunker::{CHUNK_BYTES_MAX, Chunker};
 use crate::live::{Live, SnapshotQueue};
 use crate::network::{Netdev, Network};
@@ -92,6 +92,14 @@ pub enum BadRequest {
     /// The files don't make a machine.
     #[error(transparent)]
     Load(LoadError),
+    /// A file that the store does not take.
+    #[error("{name} has {bytes} bytes; at most {IMAGE_BYTES_MAX} can be stored")]
+    Large {
+        /// The file.
+        name: String,
+        /// Its length.
+        bytes: u64,
+    },
     /// The host has no room for the RAM.
     #[error("{0}; give less --memory")]
     Memory(LoadError),
@@ -175,7 +183,7 @@ pub struct Recorded {
 pub async fn record(
     store: &StoreClient,
     coordinator: Option<String>,
-    request: RecordRequest,
+    mut request: RecordRequest,
     console: Console,
     watermarks: Watermarks,
     started: impl FnOnce(RecordingId),
@@ -184,9 +192,11 @@ pub async fn record(
     let mut spec = spec_of(&request);
     // Before anything is stored: what is refused here leaves nothing behind.
     let machine = power_on(&request, id, &spec)?;
+    let network = request.netdev.as_ref().map(Network::open).transpose()?;
     store_images(store, id, &request, &mut spec).await?;
     let manifest = manifest_of(&request, id, spec);
-    let network = request.netdev.as_ref().map(Network::open).transpose()?;
+    // The machine has its own.
+    (request.bios, request.kernel, request.initrd, request.dtb, request.drives) = Default::default();
     let mut live =
         Live::open(store, &manifest, &request.outbox_dir, request.outbox_bytes, &watermarks).await?;
     started(id);
@@ -274,6 +284,10 @@ fn spec_of(request: &RecordRequest) -> MachineSpec {
 fn power_on(request: &RecordRequest, id: RecordingId, spec: &MachineSpec) -> Result<Machine, BadRequest> {
     fn bytes((_, bytes): &NamedFile) -> Arc<[u8]> {
         Arc::from(&bytes[..])
+    }
+    let files = [&spec.bios, &spec.kernel, &spec.initrd, &spec.dtb].into_iter().flatten();
+    if let Some(image) = files.chain(&spec.drives).find(|image| image.bytes > IMAGE_BYTES_MAX) {
+        return Err(BadRequest::Large { name: image.name.clone(), bytes: image.bytes });
     }
     // The same checks as a reader's.
     Manifest::decode(&manifest_of(request, id, spec.clone()).encode())?;
@@ -557,6 +571,10 @@ mod tests {
             let said = refused(&request).unwrap();
             assert!(said.contains(says), "{said}");
         }
+        let mut spec = spec_of(&RecordRequest { drives: vec![file(512)], ..request() });
+        spec.drives[0].bytes = IMAGE_BYTES_MAX + 1;
+        let said = power_on(&request(), RecordingId([7; 16]), &spec).err().unwrap().to_string();
+        assert_eq!(said, "file has 4294967297 bytes; at most 4294967296 can be stored");
         let said = BadRequest::from(LoadError::Memory(4 << 30)).to_string();
         assert!(
             said.ends_with("4294967296 bytes of memory for the guest's RAM; give less --memory"),

@@ -7,6 +7,7 @@ use crate::exit::{OK, USAGE, coded, of_guest};
 use crate::output;
 use anyhow::{Context, Result};
 use bytes::Bytes;
+use heddle_node::blocks::IMAGE_BYTES_MAX;
 use heddle_node::record::{BadRequest, Console, NamedFile, RecordRequest, Watermarks, record};
 use heddle_proto::manifest::{MachineSpec, Positions, Sleep};
 use heddle_replay_engine::guest;
@@ -223,7 +224,14 @@ fn read_drive(path: &Path) -> Result<NamedFile> {
 }
 
 fn read_file(path: &Path) -> Result<NamedFile> {
-    let bytes = std::fs::read(path).map_err(|e| coded(USAGE, format!("read {}: {e}", path.display())))?;
+    let refused = |error: std::io::Error| coded(USAGE, format!("read {}: {error}", path.display()));
+    // Before it is in memory.
+    let len = std::fs::metadata(path).map_err(refused)?.len();
+    if len > IMAGE_BYTES_MAX {
+        let text = format!("{} has {len} bytes; at most {IMAGE_BYTES_MAX} can be stored", path.display());
+        return Err(coded(USAGE, text));
+    }
+    let bytes = std::fs::read(path).map_err(refused)?;
     let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
     Ok((name, Bytes::from(bytes)))
 }
@@ -245,6 +253,11 @@ mod tests {
             "{} is a qcow2 image, and --drive takes raw ones; `qemu-img convert -O raw` makes one",
             path.display()
         );
+        assert_eq!(refusal, Err((USAGE, text)));
+        // Of holes alone.
+        std::fs::File::create(&path)?.set_len(IMAGE_BYTES_MAX + 1)?;
+        let refusal = read_drive(&path).map_err(|error| (code_of(&error), error.to_string()));
+        let text = format!("{} has 4294967297 bytes; at most 4294967296 can be stored", path.display());
         assert_eq!(refusal, Err((USAGE, text)));
         Ok(())
     }
