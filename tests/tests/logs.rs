@@ -85,6 +85,10 @@ async fn changed_logs_are_named() {
     assert_eq!(divergence["position"]["event"], at);
     assert!(divergence["expected"]["what"].as_str().unwrap().contains("ClockWarpStart"));
     assert_eq!(replay["role_mismatches"], 1);
+    // There is no state behind it.
+    let behind = divergence["position"]["icount"].as_u64().unwrap() + 1;
+    let refused = p.heddle(&["state", "role", "--at", &behind.to_string()]).await.expect(3).err;
+    assert!(refused.contains("the replay diverges"), "{refused}");
     p.cluster.stop().await;
 }
 

@@ -3,7 +3,7 @@
 use super::recordings;
 use crate::args::{Format, MemoryRange, State};
 use crate::cluster::Cluster;
-use crate::exit::{OK, USAGE, coded};
+use crate::exit::{DIVERGED, OK, UNEXPECTED, USAGE, coded};
 use crate::output;
 use anyhow::{Result, anyhow};
 use heddle_node::blocks::BlockCache;
@@ -39,7 +39,8 @@ pub async fn run(cluster: &Cluster, command: State, format: Format) -> Result<u8
         let mut session = Session::new(Box::new(origin)).map_err(|error| anyhow!(error))?;
         session.goto(wanted.at).map_err(|error| anyhow!(error))?;
         if session.icount() != wanted.at {
-            return Err(anyhow!("{}", session.ending().unwrap_or_default()));
+            let code = if session.has_diverged() { DIVERGED } else { UNEXPECTED };
+            return Err(coded(code, session.ending().unwrap_or_default()));
         }
         state(&mut session, &wanted)
     })

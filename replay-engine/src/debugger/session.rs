@@ -112,6 +112,12 @@ impl Session {
         })
     }
 
+    /// Whether the replay has come to its end by a divergence.
+    pub fn has_diverged(&mut self) -> bool {
+        let outcome = self.emulator.replayer().and_then(|replayer| replayer.outcome());
+        matches!(outcome, Some(ReplayEnd::Diverged(_)))
+    }
+
     /// Arrives at `icount`.
     pub fn goto(&mut self, icount: u64) -> Result<Stop, String> {
         let here = self.icount();
