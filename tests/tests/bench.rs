@@ -1,7 +1,8 @@
-//! `heddle bench machine`, as small as it goes: every row is there, and none is an error.
+//! `heddle bench machine`, as small as it goes: every row is there, and none is an error. The rows
+//! of Linux need the files that `tests/riscv-guest` makes.
 #![allow(clippy::unwrap_used)]
 
-use heddle_tests::{program, run};
+use heddle_tests::{program, root, run, skip};
 use serde_json::Value;
 use std::process::Command;
 
@@ -54,4 +55,22 @@ fn the_bench_of_the_machine_measures_all_it_can() {
     assert_eq!(speed.len(), 3, "{bench}");
     let reasons = speed.iter().filter_map(|row| row["reason"].as_str());
     assert_eq!(reasons.filter(|why| why.contains("error")).count(), 0, "{bench}");
+}
+
+#[test]
+fn the_bench_boots_linux_and_seeks_in_it() {
+    let files = root().join("target/guests/riscv");
+    if !files.join("stamp").exists() {
+        return skip(format_args!("{} is not there: tests/riscv-guest makes it", files.display()));
+    }
+    let mut bench = Command::new(program());
+    bench.args(["bench", "machine", "-o", "json", "--runs", "1", "--part", "boot", "--part", "seek"]);
+    bench.arg("--guest").arg(files);
+    let bench = run(&mut bench, b"").expect(0).json();
+    for name in ["Linux boot, recorded, its files stored", "Linux boot, state at a random icount"] {
+        let row = bench["rows"].as_array().unwrap().iter().find(|row| row["name"] == name).unwrap();
+        // Without QEMU there is no peer of the first.
+        let is_told = row["ours"].as_f64() > Some(0.0) || row["reason"].is_string();
+        assert!(is_told && !row["reason"].as_str().unwrap_or_default().contains("error"), "{row}");
+    }
 }
