@@ -1,16 +1,21 @@
 //! Snapshots of a recording of the built-in machine, made afterwards by a replay.
 
-use crate::live::NewSnapshot;
+use crate::live::{SnapshotQueue, WaitingSnapshots};
+use crate::record::AbortOnDrop;
 use crate::replay::{Control, Span};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use heddle_proto::verdict::TaskResult;
-use heddle_replay_engine::{Build, io};
-use heddle_storage::StoreClient;
+use heddle_proto::{RecordingId, v1};
+use heddle_replay_engine::io::{self, RecordSink};
+use heddle_replay_engine::{Build, Snapshot};
+use heddle_storage::{StoreClient, StoreError};
 use std::sync::atomic::Ordering;
 
 /// Replays `span`, a recording from power-on to its end, with `build`, and stores up to `count`
-/// snapshots of it. Only a replay that matches stores any: until its end they stay in memory,
-/// each but the first as what has changed since the one before.
+/// snapshots of it, each but the first as what has changed since the one before. Their blocks go
+/// to the store as they are captured, and the replay waits for it where they come too fast; that
+/// there are snapshots the recording says once the replay has matched. Of one that has not, blocks
+/// stay until the recording is deleted.
 ///
 /// Done again, it makes those that are missing; if none is, it replays nothing. Fails if the
 /// replay diverges, gets nowhere or is cancelled, and with the store's errors.
@@ -29,24 +34,57 @@ pub async fn index(
     if wanted.is_empty() {
         return Ok(TaskResult::Index { snapshots: vec![] });
     }
+    let (queue, waiting) = SnapshotQueue::new();
+    let storing = tokio::spawn(store_blocks(store.clone(), id, waiting));
+    let _storing = AbortOnDrop(storing.abort_handle());
     let cancel = control.cancel.clone();
     let done = tokio::task::spawn_blocking(move || {
         let mut emulator = span.emulator(build)?;
         emulator.capture_at(wanted);
-        io::replay(emulator, &control.options())
+        io::replay_into(emulator, &control.options(), Box::new(Captured(queue)))
     });
-    let replay = done.await?.map_err(|error| anyhow!(error))?;
-    if let Some(divergence) = replay.verdict.divergence() {
-        bail!("the recording does not replay, so no snapshot of it was stored: {divergence}");
+    let verdict = done.await?.map_err(|error| anyhow!(error))?;
+    if let Some(divergence) = verdict.divergence() {
+        bail!("the recording does not replay, so it gets no snapshots: {divergence}");
     }
     ensure!(!cancel.load(Ordering::Relaxed), "cancelled");
-    let mut made = vec![];
-    // In the order taken: a snapshot's blocks include none of earlier ones.
-    for snapshot in replay.snapshots {
-        made.push(snapshot.position.icount);
-        NewSnapshot::from(snapshot).store(store, id, row.epoch).await.context("store a snapshot")?;
+    let rows = storing.await?.context("store a snapshot")?;
+    let made = rows.iter().map(|row| row.icount).collect();
+    for snapshot in rows {
+        store.add_snapshot(id, row.epoch, snapshot).await.context("add a snapshot to the recording")?;
     }
     Ok(TaskResult::Index { snapshots: made })
+}
+
+/// Takes a replay's snapshots, and nothing else of it.
+struct Captured(SnapshotQueue);
+
+impl RecordSink for Captured {
+    fn snapshot(&mut self, snapshot: Snapshot) {
+        self.0.push(snapshot.into());
+    }
+
+    fn console(&mut self, _bytes: &[u8]) {}
+
+    fn is_full(&self) -> bool {
+        self.0.is_full()
+    }
+}
+
+/// Stores the blocks of snapshots in the order taken: one's include none of earlier ones. Their
+/// rows.
+async fn store_blocks(
+    store: StoreClient,
+    id: RecordingId,
+    mut snapshots: WaitingSnapshots,
+) -> Result<Vec<v1::SnapshotRow>, StoreError> {
+    let mut rows = vec![];
+    while let Some((snapshot, bytes)) = snapshots.next().await {
+        store.put_blocks(id, snapshot.blocks).await?;
+        snapshots.done(bytes);
+        rows.push(snapshot.row);
+    }
+    Ok(rows)
 }
 
 /// Where `count` snapshots cut a recording of `end` instructions into even parts, as near to

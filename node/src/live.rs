@@ -66,7 +66,36 @@ pub struct SnapshotQueue {
     waiting_bytes: Arc<AtomicU64>,
 }
 
+/// A [`SnapshotQueue`]'s other end.
+pub(crate) struct WaitingSnapshots {
+    receiver: mpsc::UnboundedReceiver<NewSnapshot>,
+    bytes: Arc<AtomicU64>,
+}
+
+impl WaitingSnapshots {
+    /// The next one and its bytes, which count until [`WaitingSnapshots::done`]; `None`, when
+    /// there will be no more.
+    pub(crate) async fn next(&mut self) -> Option<(NewSnapshot, u64)> {
+        let snapshot = self.receiver.recv().await?;
+        let bytes = snapshot.bytes();
+        Some((snapshot, bytes))
+    }
+
+    /// So many bytes wait no longer.
+    pub(crate) fn done(&self, bytes: u64) {
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
 impl SnapshotQueue {
+    /// An empty queue, and where its snapshots come out.
+    pub(crate) fn new() -> (SnapshotQueue, WaitingSnapshots) {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let waiting_bytes: Arc<AtomicU64> = Arc::default();
+        let waiting = WaitingSnapshots { receiver, bytes: waiting_bytes.clone() };
+        (SnapshotQueue { sender, waiting_bytes }, waiting)
+    }
+
     /// Takes a snapshot.
     pub fn push(&self, snapshot: NewSnapshot) {
         self.waiting_bytes.fetch_add(snapshot.bytes(), Ordering::Relaxed);
@@ -116,15 +145,14 @@ impl Live {
             chunker: chunker.clone(),
             committed: watermarks.committed.clone(),
         };
-        let (sender, receiver) = mpsc::unbounded_channel();
-        let waiting_bytes = Arc::new(AtomicU64::new(0));
-        let uploading = upload_snapshots(store.clone(), id, opened.epoch, receiver, waiting_bytes.clone());
+        let (queue, waiting) = SnapshotQueue::new();
+        let uploading = upload_snapshots(store.clone(), id, opened.epoch, waiting);
         Ok(Live {
             store: store.clone(),
             id,
             epoch: opened.epoch,
             chunker,
-            snapshots: Some(SnapshotQueue { sender, waiting_bytes }),
+            snapshots: Some(queue),
             uploads: tokio::spawn(async move { uploader.run().await }),
             snapshot_uploads: Some(tokio::spawn(uploading)),
             life: None,
@@ -224,11 +252,9 @@ async fn upload_snapshots(
     store: StoreClient,
     id: RecordingId,
     epoch: u64,
-    mut snapshots: mpsc::UnboundedReceiver<NewSnapshot>,
-    waiting_bytes: Arc<AtomicU64>,
+    mut snapshots: WaitingSnapshots,
 ) -> Result<()> {
-    while let Some(snapshot) = snapshots.recv().await {
-        let bytes = snapshot.bytes();
+    while let Some((snapshot, bytes)) = snapshots.next().await {
         loop {
             match snapshot.clone().store(&store, id, epoch).await {
                 Ok(()) => break,
@@ -236,7 +262,7 @@ async fn upload_snapshots(
                 Err(error) => return Err(error).context("store a snapshot"),
             }
         }
-        waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        snapshots.done(bytes);
     }
     Ok(())
 }
@@ -247,15 +273,14 @@ mod tests {
 
     #[test]
     fn the_guest_waits_for_snapshots_only_while_somebody_stores_them() {
-        let (sender, receiver) = mpsc::unbounded_channel();
-        let queue = SnapshotQueue { sender, waiting_bytes: Arc::default() };
+        let (queue, waiting) = SnapshotQueue::new();
         let data = Bytes::from(vec![0; SNAPSHOT_BYTES_MAX as usize]);
         let large = NewSnapshot { blocks: vec![(Hash::ZERO, data)], row: v1::SnapshotRow::default() };
         queue.push(large.clone());
         assert!(!queue.is_full());
         queue.push(large.clone());
         assert!(queue.is_full());
-        drop(receiver);
+        drop(waiting);
         assert!(!queue.is_full());
         queue.push(large);
         assert!(!queue.is_full());

@@ -2,13 +2,15 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use heddle_proto::manifest::{Positions, Sleep};
-use heddle_proto::{DivergenceKind, Event, Position};
+use heddle_proto::{DivergenceKind, Event, Hash, Position};
 use heddle_replay_engine::io::{self, RecordSink, ReplayOptions};
 use heddle_replay_engine::machine::loader;
 use heddle_replay_engine::{
     AsyncQueue, Build, Emulator, EventSource, LogEnd, Replayer, Snapshot, guest, schedule,
 };
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 #[derive(Default, Clone)]
 struct Kept(Arc<Mutex<(Vec<Event>, Vec<Snapshot>, Vec<u8>)>>);
@@ -26,7 +28,6 @@ impl RecordSink for Kept {
     fn is_full(&self) -> bool {
         false
     }
-    fn paused(&mut self, _: bool) {}
 }
 
 fn positions() -> Positions {
@@ -94,4 +95,70 @@ fn code_that_never_comes_back_is_a_stall() {
     let verdict = io::replay(emulator, &options).unwrap().verdict;
     assert_eq!(verdict.divergence().unwrap().kind, DivergenceKind::Stall);
     drop(keep);
+}
+
+/// Is full for so long after each snapshot.
+#[derive(Clone)]
+struct Slow {
+    takes: Duration,
+    /// The snapshots' roots, when the last one came, and how often the replay stood still.
+    seen: Arc<Mutex<(Vec<Hash>, Option<Instant>, u32)>>,
+    /// Set when it stands still.
+    cancel: Arc<AtomicBool>,
+}
+
+impl Slow {
+    fn new(takes: Duration) -> Slow {
+        Slow { takes, seen: Arc::default(), cancel: Arc::default() }
+    }
+}
+
+impl RecordSink for Slow {
+    fn snapshot(&mut self, snapshot: Snapshot) {
+        let mut seen = self.seen.lock().unwrap();
+        seen.0.push(snapshot.root);
+        seen.1 = Some(Instant::now());
+    }
+    fn console(&mut self, _: &[u8]) {}
+    fn is_full(&self) -> bool {
+        self.seen.lock().unwrap().1.is_some_and(|last| last.elapsed() < self.takes)
+    }
+    fn paused(&mut self, is_paused: bool) {
+        self.seen.lock().unwrap().2 += u32::from(is_paused);
+        self.cancel.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_replay_stands_still_while_its_snapshots_are_not_taken() {
+    let queue = AsyncQueue::default();
+    let mut recorded = Emulator::record(guest::short(1, 1).unwrap(), positions(), Sleep::On, queue.clone());
+    let events = schedule::record(&mut recorded, &queue, 1, vec![], 1_000_000);
+    let end = recorded.position().icount;
+    let replay = || {
+        let source = Box::new(events.clone().into_iter());
+        let replayer = Replayer::new(source, Position::default(), LogEnd::Complete);
+        let machine = guest::short(1, 1).unwrap();
+        let mut replay = Emulator::replay(machine, replayer, positions(), Sleep::On, Build::default());
+        replay.capture_at(vec![end / 3, end / 3 * 2]);
+        replay
+    };
+    let plain = io::replay(replay(), &ReplayOptions::default()).unwrap();
+    assert!(plain.verdict.is_match());
+    let roots: Vec<Hash> = plain.snapshots.iter().map(|snapshot| snapshot.root).collect();
+    assert_eq!(roots.len(), 2);
+
+    // For longer than a stall takes: it is none.
+    let slow = Slow::new(Duration::from_millis(1500));
+    let options = ReplayOptions { stall_after: Duration::from_secs(1), ..ReplayOptions::default() };
+    let verdict = io::replay_into(replay(), &options, Box::new(slow.clone())).unwrap();
+    assert_eq!((verdict.is_match(), verdict.digest), (true, plain.verdict.digest));
+    let seen = slow.seen.lock().unwrap();
+    assert_eq!((&seen.0, seen.2), (&roots, 2));
+
+    // For ever, until somebody gives up.
+    let stuck = Slow::new(Duration::MAX);
+    let options = ReplayOptions { cancel: stuck.cancel.clone(), ..ReplayOptions::default() };
+    let given_up = io::replay_into(replay(), &options, Box::new(stuck));
+    assert_eq!(given_up.err().as_deref(), Some("cancelled"));
 }

@@ -4,4 +4,4 @@ mod clocks;
 mod threads;
 
 pub use clocks::HostClocks;
-pub use threads::{Kick, RecordSink, Recording, Replay, ReplayOptions, record, replay};
+pub use threads::{Kick, RecordSink, Recording, Replay, ReplayOptions, record, replay, replay_into};

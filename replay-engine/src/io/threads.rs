@@ -18,25 +18,26 @@ use std::time::{Duration, Instant};
 const RECORD_RUN: u64 = 1 << 17;
 /// Instructions of a replay between two reports of its progress, some milliseconds.
 const REPLAY_RUN: u64 = 1 << 20;
-/// How often a paused recording looks whether it may go on.
+/// How often a paused emulator looks whether it may go on.
 const PAUSE_POLL: Duration = Duration::from_millis(5);
 /// Longest wait of the iothread, against a missed deadline of a stepped host clock.
 const WAIT_MAX: Duration = Duration::from_millis(500);
 
-/// What takes a recording's output, on the recording's own threads.
+/// What takes a recording's output, on the recording's own threads; or a replay's, which has
+/// no events.
 pub trait RecordSink: Send {
     /// Events, in order. They may not be lost.
-    fn events(&mut self, events: Vec<Event>);
+    fn events(&mut self, _events: Vec<Event>) {}
     /// A snapshot.
     fn snapshot(&mut self, snapshot: Snapshot);
     /// Console bytes.
     fn console(&mut self, bytes: &[u8]);
     /// A frame that the guest sent. Without a network it goes nowhere.
     fn frame(&mut self, _frame: &[u8]) {}
-    /// Whether the guest must pause, since there is no room for more events.
+    /// Whether the guest must pause, since there is no room for more.
     fn is_full(&self) -> bool;
-    /// The recording was paused or goes on.
-    fn paused(&mut self, is_paused: bool);
+    /// The guest was paused or goes on.
+    fn paused(&mut self, _is_paused: bool) {}
 }
 
 /// Wakes the recording's threads from outside: after input was queued.
@@ -324,7 +325,8 @@ fn pause_while_full<'a>(shared: &Shared, mut state: MutexGuard<'a, State>) -> Mu
     if let Some(sink) = &mut state.sink {
         sink.paused(true);
     }
-    while is_full(&state) && shared.queue.shutdown_requested().is_none() {
+    let is_over = |state: &State| state.emulator.has_ended() || shared.queue.shutdown_requested().is_some();
+    while is_full(&state) && !is_over(&state) {
         state = shared.wait_timeout(state, PAUSE_POLL);
     }
     state.clocks.add_pause(began.elapsed());
@@ -368,7 +370,25 @@ pub struct Replay {
 
 /// Replays on two threads until the log's end or a divergence.
 pub fn replay(emulator: Emulator, options: &ReplayOptions) -> Result<Replay, String> {
-    let shared = Shared::new(emulator, AsyncQueue::default(), None);
+    replay_to(emulator, options, None)
+}
+
+/// The same; console and snapshots go to `sink` as they come, and the replay pauses while that is
+/// full. A pause is no stall.
+pub fn replay_into(
+    emulator: Emulator,
+    options: &ReplayOptions,
+    sink: Box<dyn RecordSink>,
+) -> Result<Verdict, String> {
+    Ok(replay_to(emulator, options, Some(sink))?.verdict)
+}
+
+fn replay_to(
+    emulator: Emulator,
+    options: &ReplayOptions,
+    sink: Option<Box<dyn RecordSink>>,
+) -> Result<Replay, String> {
+    let shared = Shared::new(emulator, AsyncQueue::default(), sink);
     let threads = [
         spawn(Role::Iothread, shared.clone(), replay_iothread)?,
         spawn(Role::Vcpu, shared.clone(), replay_vcpu)?,
@@ -414,6 +434,7 @@ fn watch(
         }
         // The lock is free unless a thread is stuck in its step: then it is left behind.
         match shared.state.try_lock() {
+            Ok(state) if state.is_paused && !is_cancelled => seen.1 = Instant::now(),
             Ok(mut state) => {
                 if is_cancelled {
                     state.emulator.give_up("cancelled");
@@ -460,6 +481,7 @@ fn stuck(icount: u64) -> Result<Verdict, String> {
 fn replay_vcpu(shared: &Shared) {
     let mut state = shared.lock();
     loop {
+        state = pause_while_full(shared, state);
         // Long runs: in replay nobody else wants the machine until the log says so.
         let step = state.emulator.replay_vcpu(REPLAY_RUN);
         state.deliver();
