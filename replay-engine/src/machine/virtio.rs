@@ -2,7 +2,7 @@
 //!
 //! A device is a [`Transport`] and what it does with its queues. A driver that breaks the
 //! rules gets `DEVICE_NEEDS_RESET` and a configuration interrupt; until it resets the
-//! device, that does nothing more.
+//! device, that takes no more requests.
 
 use super::ram::Ram;
 use super::virtqueue::{Broken, Chain, QUEUE_MAX, Virtqueue};
@@ -145,7 +145,7 @@ impl Transport {
         self.status = status;
     }
 
-    /// The driver broke the rules: until it resets the device, that does nothing more.
+    /// The driver broke the rules: until it resets the device, that takes no more requests.
     pub fn fail(&mut self) {
         self.status |= STATUS_NEEDS_RESET;
         self.interrupt_status |= INTERRUPT_CONFIGURATION;
