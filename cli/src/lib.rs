@@ -25,7 +25,7 @@ pub fn main() -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("heddle: start the runtime: {error}");
+            output::say(format_args!("heddle: start the runtime: {error}"));
             return ExitCode::from(exit::UNEXPECTED);
         }
     };
@@ -36,7 +36,7 @@ pub fn main() -> ExitCode {
             Err(error) => {
                 let code = exit::code_of(&error);
                 if code != exit::OK {
-                    eprintln!("heddle: {error:#}");
+                    output::say(format_args!("heddle: {error:#}"));
                 }
                 code
             }

@@ -52,6 +52,12 @@ pub fn line(text: String) -> Result<()> {
     }
 }
 
+/// Says something on standard error. That may be a file on a full disk: it is then lost, and what
+/// was to be done goes on.
+pub fn say(text: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
 fn cell(value: &Value) -> String {
     match value {
         Value::Null => String::new(),

@@ -99,6 +99,11 @@ async fn what_is_not_there_is_said_with_its_exit_code() {
     p.heddle(&["get", "recordings", "nobody"]).await.expect(4);
     p.heddle(&["events", "nobody"]).await.expect(4);
     p.heddle(&["get", "nothing"]).await.expect(2);
+    // The code stays, where the error can't be written.
+    let mut unheard = std::process::Command::new(heddle_tests::program());
+    unheard.arg("--cluster").arg(p.cluster.dir()).args(["events", "nobody"]);
+    unheard.stderr(std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
+    assert_eq!(unheard.status().unwrap().code(), Some(4));
     p.heddle(&["record", "builtin", "--name", "x", "--kernel", "/no/such/file"]).await.expect(2);
     let nonsense = p.cluster.dir().join("nonsense");
     std::fs::write(&nonsense, b"\x7fELF but no more").unwrap();

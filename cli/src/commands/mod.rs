@@ -24,7 +24,7 @@ use crate::args::{Args, Bench, Command, Record, Up};
 use crate::cluster::Cluster;
 use crate::exit::{OK, USAGE, coded};
 use crate::local::{LocalCluster, LocalConfig, TLS_DIR};
-use crate::{bench, certificates, demo, serve};
+use crate::{bench, certificates, demo, output, serve};
 use anyhow::{Context, Result};
 use clap::CommandFactory;
 use heddle_storage::tls::Credentials;
@@ -106,13 +106,13 @@ async fn up(command: Up) -> Result<u8> {
     })
     .await?;
     println!("{}", serde_json::to_string_pretty(&cluster.file())?);
-    eprintln!("the cluster is up: heddle --cluster {} ...", command.data.display());
+    output::say(format_args!("the cluster is up: heddle --cluster {} ...", command.data.display()));
     loop {
         tokio::select! {
             () = serve::asked_to_stop() => break,
             () = tokio::time::sleep(std::time::Duration::from_millis(500)) => {
                 if let Some((name, why)) = cluster.ended() {
-                    eprintln!("heddle: {why}\nheddle: {name} is started again");
+                    output::say(format_args!("heddle: {why}\nheddle: {name} is started again"));
                     cluster.start_part(&name)?;
                 }
             }
