@@ -226,10 +226,9 @@ fn read_drive(path: &Path) -> Result<NamedFile> {
 fn read_file(path: &Path) -> Result<NamedFile> {
     let refused = |error: std::io::Error| coded(USAGE, format!("read {}: {error}", path.display()));
     // Before it is in memory.
-    let len = std::fs::metadata(path).map_err(refused)?.len();
-    if len > IMAGE_BYTES_MAX {
-        let text = format!("{} has {len} bytes; at most {IMAGE_BYTES_MAX} can be stored", path.display());
-        return Err(coded(USAGE, text));
+    let bytes = std::fs::metadata(path).map_err(refused)?.len();
+    if bytes > IMAGE_BYTES_MAX {
+        return Err(BadRequest::Large { name: path.display().to_string(), bytes }.into());
     }
     let bytes = std::fs::read(path).map_err(refused)?;
     let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
