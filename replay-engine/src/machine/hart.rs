@@ -114,8 +114,10 @@ impl TlbEntry {
     pub const EMPTY: TlbEntry = TlbEntry { vpn: u64::MAX, ppn: 0, permissions: 0, level: 0 };
 }
 
-/// The hart. Everything in here is state; nothing is a cache that may be dropped.
+/// The hart. Everything in here is state; nothing is a cache that may be dropped. Its registers
+/// are at its beginning.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[repr(C)]
 #[allow(missing_docs)]
 pub struct Hart {
     pub x: Registers,

@@ -148,12 +148,23 @@ pub(crate) struct Drive {
     pub(crate) disk: Disk,
 }
 
-/// The machine.
+/// The machine. What the inner loop goes to all the time comes first, and close together: see
+/// [`Machine::run_in_place`].
+#[repr(C, align(4096))]
 pub struct Machine {
+    /// Instructions executed, by all harts together.
+    pub(crate) icount: u64,
+    /// The virtual page that the code cache's current one is at, while it is known.
+    here: u64,
+    fast: FastTlb,
+    pub(crate) ram: Ram,
+    /// Look up before the next instruction: interrupts, or a reason to leave.
+    attention: bool,
+    /// A reason for the caller to look, see [`Exit::Work`].
+    work: bool,
     /// The hart whose turn it is; the others are in `harts`.
     pub(crate) hart: Hart,
     harts: Harts,
-    pub(crate) ram: Ram,
     rom: Rom,
     pub(crate) clint: Clint,
     pub(crate) plic: Plic,
@@ -166,8 +177,6 @@ pub struct Machine {
     pub(crate) bottom_halves: Vec<BottomHalf>,
     pub(crate) next_bottom_half: u64,
     pub(crate) next_request: u64,
-    /// Instructions executed, by all harts together.
-    pub(crate) icount: u64,
     pub(crate) shutdown: Option<u16>,
     /// Requests put in flight since they were last taken; not state.
     pub(crate) submitted: Vec<u64>,
@@ -189,13 +198,6 @@ pub struct Machine {
     /// state.
     faults: u64,
     code: CodeCache,
-    /// The virtual page that the code cache's current one is at, while it is known.
-    here: u64,
-    fast: FastTlb,
-    /// Look up before the next instruction: interrupts, or a reason to leave.
-    attention: bool,
-    /// A reason for the caller to look, see [`Exit::Work`].
-    work: bool,
     /// What PMP's entries come to.
     regions: Regions,
     /// Data accesses are translated or checked, with this mode's rights.
@@ -335,7 +337,7 @@ impl Machine {
         }
         self.attention = true;
         match (&self.trace, &self.lookout) {
-            (None, None) => self.run_loop::<false>(bounds, outside),
+            (None, None) => self.run_in_place(bounds, outside, run::STEPS_MAX),
             _ => self.run_loop::<true>(bounds, outside),
         }
     }
