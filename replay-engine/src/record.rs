@@ -4,9 +4,9 @@ use crate::emulator::{Emulator, Log, Step, World};
 use crate::timer::TimerClock;
 use heddle_proto::ClockKind;
 
-/// A spinning guest meets a checkpoint at least every so many nanoseconds of
-/// virtual time, or it would never see its input.
-const SLICE_NS: u64 = 1_000_000;
+/// A spinning guest meets a checkpoint at least every so many nanoseconds of virtual time, and
+/// sooner where somebody has something for it and kicks it.
+const SLICE_NS: u64 = 10_000_000;
 
 impl Emulator {
     /// One turn of the vCPU thread's loop, which ends behind the first block that comes to

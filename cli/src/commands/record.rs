@@ -23,7 +23,7 @@ use std::time::Instant;
 const CHECK_EVERY: u64 = 1_000_000;
 /// Instructions between digests, at most: a tenth of a second of replaying. Each hashes what was
 /// written since the last one, and a guest writes to the same pages again and again.
-const DIGEST_EVERY: u64 = 50_000_000;
+const DIGEST_EVERY: u64 = 100_000_000;
 /// Instructions between snapshots are a multiple of so many, and so are those between digests.
 const POSITION_GRAIN: u64 = 10_000_000;
 /// RAM of the bundled guest.

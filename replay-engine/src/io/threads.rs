@@ -13,9 +13,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Instructions of a recording between two deliveries of events and console, a fraction of a
+/// Instructions of a recording between two deliveries of events and console, about a
 /// millisecond; the other role gets the machine sooner.
-const RECORD_RUN: u64 = 1 << 17;
+const RECORD_RUN: u64 = 1 << 19;
 /// Instructions of a replay between two reports of its progress, some milliseconds.
 const REPLAY_RUN: u64 = 1 << 20;
 /// How often a paused emulator looks whether it may go on.
