@@ -193,12 +193,19 @@ pub async fn record(
     // Before anything is stored: what is refused here leaves nothing behind.
     let machine = power_on(&request, id, &spec)?;
     let network = request.netdev.as_ref().map(Network::open).transpose()?;
+    let queue = AsyncQueue::default();
+    // Hashes all that is loaded, while the store takes the same.
+    let emulator = tokio::task::spawn_blocking({
+        let (positions, sleep, queue) = (request.positions.clone(), request.sleep, queue.clone());
+        move || Emulator::record(machine, positions, sleep, queue)
+    });
     store_images(store, id, &request, &mut spec).await?;
     let manifest = manifest_of(&request, id, spec);
     // The machine has its own.
     (request.bios, request.kernel, request.initrd, request.dtb, request.drives) = Default::default();
     let mut live =
         Live::open(store, &manifest, &request.outbox_dir, request.outbox_bytes, &watermarks).await?;
+    let emulator = emulator.await?;
     started(id);
 
     let sink = Sink {
@@ -208,7 +215,6 @@ pub async fn record(
         network: network.as_ref().map(|network| Box::new(network.sender()) as Output),
         watermarks: watermarks.clone(),
     };
-    let queue = AsyncQueue::default();
     let kick: Arc<Mutex<Option<io::Kick>>> = Arc::default();
     let typing = tokio::spawn(type_input(console.input, console.stop, queue.clone(), kick.clone()));
     let _typing = AbortOnDrop(typing.abort_handle());
@@ -225,7 +231,6 @@ pub async fn record(
         });
     }
 
-    let emulator = Emulator::record(machine, request.positions, request.sleep, queue.clone());
     let kick_slot = kick.clone();
     let guest_queue = queue.clone();
     let mut guest = tokio::task::spawn_blocking(move || {
