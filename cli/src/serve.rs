@@ -22,6 +22,10 @@ pub async fn run(command: args::Serve) -> Result<()> {
     match command {
         args::Serve::Storage { id, cluster_id, dir, listen, peers, shards, join, with_parent } => {
             follow_parent(with_parent)?;
+            // A replica takes and gives back buffers of megabytes all the time, and the kernel
+            // zeroes a huge page whole for the little that is used of it. Where it can't be had
+            // otherwise, it only costs more.
+            let _ = rustix::thread::disable_transparent_huge_pages(true);
             let peers = parse_peers(&peers)?;
             check_secure(peers.values().chain(&join))?;
             let listener = bind(listen)?;
