@@ -95,7 +95,7 @@ impl Span {
     }
 
     /// An emulator at the span's beginning. Called from a thread of its own.
-    pub(crate) fn emulator(&self, build: Build) -> Result<Emulator, String> {
+    pub fn emulator(&self, build: Build) -> Result<Emulator, String> {
         let from = Position { icount: self.bounds.from_icount, event: self.bounds.from_event };
         let mut emulator = self.emulator_from(build, from)?;
         if !self.bounds.snapshot_root.is_empty() {

@@ -18,7 +18,8 @@ pub struct BenchMachine {
     /// Only these parts; without any, all.
     #[arg(long, value_name = "PART", value_parser = ["speed", "snapshots", "boot", "recording", "idle", "seek"])]
     pub part: Vec<String>,
-    /// Runs of everything. The median counts; of what recording and replaying cost, the least.
+    /// Runs of everything. The median counts; of what recording and replaying cost, the median of
+    /// the ratios of two that ran one after the other.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
     pub runs: u32,
 }

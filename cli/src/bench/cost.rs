@@ -61,12 +61,11 @@ pub fn median(mut runs: Vec<Cost>) -> Cost {
     runs.get(runs.len() / 2).copied().unwrap_or_default()
 }
 
-/// Of several runs of the same work, the least of their CPU seconds and that of their wall
-/// seconds: whatever else the host does only adds to them, and by more than the two hundredths
-/// that are to be told.
-pub fn least(runs: &[Cost]) -> Cost {
-    let of = |seconds: fn(&Cost) -> f64| runs.iter().map(seconds).min_by(f64::total_cmp).unwrap_or_default();
-    Cost { cpu: of(|run| run.cpu), wall: of(|run| run.wall) }
+/// Of several pairs of values that were measured one after the other, the one whose ratio is in
+/// the middle: a host that is slow for a minute is slow for both.
+pub fn middle_pair(mut pairs: Vec<(f64, f64)>) -> (f64, f64) {
+    pairs.sort_by(|a, b| (a.0 * b.1).total_cmp(&(b.0 * a.1)));
+    pairs.get(pairs.len() / 2).copied().unwrap_or_default()
 }
 
 /// The value in the middle; of none, zero.
@@ -98,4 +97,17 @@ impl Meter {
 fn own_cpu() -> f64 {
     let time = clock_gettime(ClockId::ProcessCPUTime);
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pair_in_the_middle_is_so_by_its_ratio() {
+        let slow_host = (30.0, 29.0);
+        let pairs = vec![(11.0, 10.0), slow_host, (9.0, 10.0), (10.0, 10.0), (24.0, 20.0)];
+        assert_eq!(middle_pair(pairs), slow_host);
+        assert_eq!(middle_pair(vec![]), (0.0, 0.0));
+    }
 }

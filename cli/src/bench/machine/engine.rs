@@ -4,15 +4,15 @@ use super::compute::Parameters;
 use crate::bench::cost::{Cost, Meter, cpu_of_parts};
 use crate::cluster::Cluster;
 use crate::commands::record::positions;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes;
 use heddle_node::blocks::BlockCache;
 use heddle_node::record::{Console, NamedFile, RecordRequest, Watermarks, record};
-use heddle_node::replay::{Control, Span, replay};
+use heddle_node::replay::Span;
 use heddle_proto::manifest::{MachineSpec, Sleep};
-use heddle_proto::verdict::TaskResult;
 use heddle_proto::{RecordingId, v1};
 use heddle_replay_engine::bare::{Bare, Pause};
+use heddle_replay_engine::io::{self, ReplayOptions};
 use heddle_replay_engine::machine::Machine;
 use heddle_replay_engine::machine::loader::{self, Images};
 use heddle_replay_engine::{Build, guest};
@@ -195,9 +195,9 @@ pub struct Made {
 
 /// A recording that was replayed and matched.
 pub struct Replayed {
-    /// The replay.
+    /// The replay, from power-on.
     pub engine: Cost,
-    /// With fetching log and files from the store.
+    /// With fetching log and files from the store, and making the machine.
     pub whole: Cost,
 }
 
@@ -269,11 +269,13 @@ impl Recorder {
         let blocks = BlockCache::new(self.client.store.clone());
         let span = Span::fetch(&self.client.store, &blocks, id, v1::SpanBounds::default()).await?;
         let build: Build = span.build().parse()?;
+        let emulator = tokio::task::spawn_blocking(move || span.emulator(build)).await?;
+        let emulator = emulator.map_err(|error| anyhow!(error))?;
         let engine = Meter::start();
-        let replayed = replay(span, build, Control::default()).await?;
+        let replay = tokio::task::spawn_blocking(move || io::replay(emulator, &ReplayOptions::default()));
+        let replayed = replay.await?.map_err(|error| anyhow!(error))?;
         let (engine, whole) = (engine.cost(), whole.cost());
-        let is_match = matches!(&replayed.result, TaskResult::Replay(verdict) if verdict.is_match());
-        ensure!(is_match, "recording {} does not match its log", id.short());
+        ensure!(replayed.verdict.is_match(), "recording {} does not match its log", id.short());
         Ok(Replayed { engine, whole })
     }
 

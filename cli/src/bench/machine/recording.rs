@@ -2,7 +2,7 @@
 
 use super::engine::{Guest, Made, Replayed, bare};
 use super::{Bench, NO_LINUX, NO_PEER, peer};
-use crate::bench::cost::{Cost, least, middle, timed};
+use crate::bench::cost::{Cost, middle, middle_pair, timed};
 use crate::bench::peers::installed;
 use anyhow::{Result, ensure};
 use heddle_proto::manifest::Sleep;
@@ -64,63 +64,61 @@ pub(super) async fn cost(bench: &mut Bench<'_>) -> Result<()> {
     Ok(())
 }
 
-/// What was measured of one guest.
-#[derive(Default)]
-struct Measured {
-    without: Vec<Cost>,
-    recorded: Vec<Made>,
-    with_snapshots: Vec<Made>,
-    replayed: Vec<Replayed>,
-    /// Instructions of the guest without a recording.
-    instructions: u64,
+/// What was measured of one guest, one after the other.
+struct Round {
+    without: Cost,
+    recorded: Made,
+    with_snapshots: Made,
+    replayed: Replayed,
 }
 
 async fn cost_of(bench: &mut Bench<'_>, guest: &Guest) -> Result<()> {
     // Once before, so that nothing is stored or touched for the first time while it counts.
-    let mut measured = Measured { instructions: bare(guest)?.instructions, ..Measured::default() };
+    let instructions = bare(guest)?.instructions;
     let first = bench.recorder.record(guest, guest.name, Sleep::Off, 0).await?;
     bench.recorder.delete(first.id).await?;
+    let mut rounds = vec![];
     for _ in 0..bench.command.runs {
-        measured.without.push(bare(guest)?.cost);
-        let made = bench.recorder.record(guest, guest.name, Sleep::Off, 0).await?;
-        measured.replayed.push(bench.recorder.replay(made.id).await?);
-        bench.recorder.delete(made.id).await?;
-        measured.recorded.push(made);
-        let made = bench.recorder.record(guest, guest.name, Sleep::Off, SNAPSHOT_EVERY).await?;
-        bench.recorder.delete(made.id).await?;
-        measured.with_snapshots.push(made);
+        let without = bare(guest)?.cost;
+        let recorded = bench.recorder.record(guest, guest.name, Sleep::Off, 0).await?;
+        let replayed = bench.recorder.replay(recorded.id).await?;
+        bench.recorder.delete(recorded.id).await?;
+        let with_snapshots = bench.recorder.record(guest, guest.name, Sleep::Off, SNAPSHOT_EVERY).await?;
+        bench.recorder.delete(with_snapshots.id).await?;
+        rounds.push(Round { without, recorded, with_snapshots, replayed });
     }
-    measured.rows(bench, guest);
+    rows_of(bench, guest, &rounds, instructions);
     Ok(())
 }
 
-impl Measured {
-    fn rows(&self, bench: &mut Bench<'_>, guest: &Guest) {
-        let of = |runs: &[Made], cost: fn(&Made) -> Cost| least(&runs.iter().map(cost).collect::<Vec<_>>());
-        let without = least(&self.without);
-        let recorded = of(&self.recorded, |made| made.guest);
-        let whole = of(&self.recorded, |made| made.whole);
-        let with_store =
-            of(&self.recorded, |made| Cost { cpu: made.whole.cpu + made.store_cpu, ..made.whole });
-        let snapshots = of(&self.with_snapshots, |made| made.guest);
-        let engine = least(&self.replayed.iter().map(|replayed| replayed.engine).collect::<Vec<_>>());
-        let fetched = least(&self.replayed.iter().map(|replayed| replayed.whole).collect::<Vec<_>>());
-        let icount = middle(self.recorded.iter().map(|made| made.icount as f64).collect());
-        let mut row = |what: &str, ours: f64, peer: &str, theirs: f64, unit: &str, target: &str| {
-            bench.rows.row(&format!("{}, {what}", guest.name), ours, peer, theirs, unit, target);
-        };
-        let (peer, info) = ("without recording", "for information");
-        row("recorded, CPU", recorded.cpu, peer, without.cpu, "CPU s", "<= 1.02");
-        row("recorded, wall", recorded.wall, peer, without.wall, "s", "<= 1.02");
-        row("recorded, CPU, the store's and its files", with_store.cpu, peer, without.cpu, "CPU s", info);
-        row("recorded, wall, its files stored", whole.wall, peer, without.wall, "s", info);
-        row("instructions", icount / 1e6, peer, self.instructions as f64 / 1e6, "million", info);
-        let peer = "recorded without snapshots";
-        row("a snapshot every 100 M, CPU", snapshots.cpu, peer, recorded.cpu, "CPU s", "<= 1.03");
-        row("a snapshot every 100 M, wall", snapshots.wall, peer, recorded.wall, "s", info);
-        row("replayed", engine.wall, "recorded", recorded.wall, "s", "<= 1");
-        row("replayed, fetched from the store", fetched.wall, "recorded", recorded.wall, "s", info);
-    }
+/// `instructions`: of the guest without a recording.
+fn rows_of(bench: &mut Bench<'_>, guest: &Guest, rounds: &[Round], instructions: u64) {
+    let mut row = |what: &str, peer: &str, unit: &str, target: &str, of: fn(&Round) -> (f64, f64)| {
+        let (ours, theirs) = middle_pair(rounds.iter().map(of).collect());
+        bench.rows.row(&format!("{}, {what}", guest.name), ours, peer, theirs, unit, target);
+    };
+    let (peer, info) = ("without recording", "for information");
+    row("recorded, CPU", peer, "CPU s", "<= 1.02", |r| (r.recorded.guest.cpu, r.without.cpu));
+    row("recorded, wall", peer, "s", "<= 1.02", |r| (r.recorded.guest.wall, r.without.wall));
+    row("recorded, CPU, the store's and its files", peer, "CPU s", info, |r| {
+        (r.recorded.whole.cpu + r.recorded.store_cpu, r.without.cpu)
+    });
+    row("recorded, wall, its files stored", peer, "s", info, |r| (r.recorded.whole.wall, r.without.wall));
+    let peer = "recorded without snapshots";
+    row("a snapshot every 100 M, CPU", peer, "CPU s", "<= 1.03", |r| {
+        (r.with_snapshots.guest.cpu, r.recorded.guest.cpu)
+    });
+    row("a snapshot every 100 M, wall", peer, "s", info, |r| {
+        (r.with_snapshots.guest.wall, r.recorded.guest.wall)
+    });
+    row("replayed", "recorded", "s", "<= 1", |r| (r.replayed.engine.wall, r.recorded.guest.wall));
+    row("replayed, fetched from the store", "recorded", "s", info, |r| {
+        (r.replayed.whole.wall, r.recorded.guest.wall)
+    });
+    let icount = middle(rounds.iter().map(|round| round.recorded.icount as f64).collect());
+    let name = format!("{}, instructions", guest.name);
+    let unit = "million";
+    bench.rows.row(&name, icount / 1e6, "without recording", instructions as f64 / 1e6, unit, info);
 }
 
 /// `heddle state` at random icounts of a boot with snapshots: a process each, as a user has it.
