@@ -82,6 +82,21 @@ impl StoreService {
         self.outcome(answer)
     }
 
+    /// In a cluster's first moments the replicas it was started with have no rows yet; the
+    /// leader proposes those now and then. One that is told what to be before gets its row
+    /// here: with that applied, no proposal of the leader's can follow what it is told.
+    async fn know_founder(&self, id: u64) -> Result<(), Status> {
+        self.read_index(0).await?;
+        if self.catalog.members().map_err(internal)?.contains_key(&id) {
+            return Ok(());
+        }
+        let status = self.replica.status().await.ok_or_else(|| self.not_done(NotDone::Stopped))?;
+        let votes = status.groups.first().is_some_and(|meta| meta.voters.contains(&id));
+        let Some(address) = self.addresses.get(id).filter(|_| votes) else { return Ok(()) };
+        self.propose(0, Command::Member { id, address, wish: Wish::Member }, Bytes::new()).await?;
+        Ok(())
+    }
+
     pub(crate) async fn reserve(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Status> {
         let permits = u32::try_from(bytes.max(1)).unwrap_or(u32::MAX);
         let permit = self.budget.clone().acquire_many_owned(permits).await;
@@ -523,6 +538,9 @@ impl LogStore for StoreService {
         };
         if r.id == 0 || r.address.len() > ADDRESS_BYTES_MAX {
             return Err(Status::invalid_argument("the id is zero, or the address too long"));
+        }
+        if r.address.is_empty() {
+            self.know_founder(r.id).await?;
         }
         let command = Command::Member { id: r.id, address: r.address, wish };
         self.propose(0, command, Bytes::new()).await?;
