@@ -113,8 +113,7 @@ impl Emulator {
 
     /// Puts a snapshot's state in, before the first step.
     pub fn restore(&mut self, root: Hash, source: &mut dyn BlockSource) -> Result<Position, String> {
-        let restored = StateTree::restore(&mut self.machine, root, source)?;
-        self.tree = restored.tree;
+        let restored = self.tree.restore(&mut self.machine, root, source)?;
         self.rest = restored.rest;
         self.checks = restored.checks;
         self.from = restored.position;

@@ -101,6 +101,11 @@ impl PageTree {
         (pages, blocks)
     }
 
+    /// What has changed so far is not for [`PageTree::take_changed`] to tell.
+    pub fn forget_changed(&mut self) {
+        self.changed.fill(0);
+    }
+
     /// The hashes of all pages under this root.
     pub fn leaves(pages: usize, root: Hash, source: &mut dyn BlockSource) -> Result<Vec<Hash>, String> {
         PageTree::nodes(pages, root, source).map(|mut tree| std::mem::take(&mut tree.levels[0]))

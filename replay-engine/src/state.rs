@@ -13,18 +13,26 @@ use crate::page_tree::{BlockSource, PageTree};
 use crate::warp::Warp;
 use heddle_proto::{Hash, Position};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::sync::Arc;
 
 /// Which state a digest covers: all that this machine has.
 pub const COVERAGE: &str = "ram, disk overlays, harts (registers, floating point, csrs, tlb, reservation) and \
      their turn, clint, plic, uart, rtc, virtio queues and requests in flight, timers, bottom halves, clock, warp";
 /// Version of [`SnapshotRoot`] and of all that its leaves hold; another one is refused by its
 /// number.
-const SNAPSHOT_VERSION: u32 = 5;
+const SNAPSHOT_VERSION: u32 = 6;
+/// The version before, which has no [`SnapshotRoot::loaded`] and is read as well: all of RAM is
+/// in it.
+const WITH_ALL_OF_RAM: u32 = 5;
 
 /// Page trees kept up to date from digest to digest.
 #[derive(Clone, Debug)]
 pub struct StateTree {
     ram: PageTree,
+    /// RAM as it was loaded.
+    loaded: Arc<PageTree>,
+    /// The tree that snapshots store, as of the last one: see [`SnapshotRoot::ram`].
+    stored: PageTree,
     disks: Vec<PageTree>,
 }
 
@@ -54,16 +62,25 @@ struct SnapshotRoot {
     checks: Checks,
     digest: Hash,
     ram_pages: u64,
+    /// A tree over those pages that are not as they were loaded; in place of the others it has
+    /// [`Hash::ZERO`]. A page that was loaded and is zeros now has the hash of its bytes, and a
+    /// block. As with a disk, the recording's files are what all this lies over.
     ram: Hash,
     disks: Vec<(u64, Hash)>,
     leaves: Vec<(String, Vec<u8>)>,
+    /// What was loaded: a tree over all of its pages, which is not stored.
+    loaded: Hash,
 }
 
 fn read_root(root: Hash, source: &mut dyn BlockSource) -> Result<SnapshotRoot, String> {
-    let bytes = source.blocks(&[root])?.pop().ok_or("the block source gave nothing")?;
-    let version: u32 = postcard::take_from_bytes(&bytes).map_err(|e| e.to_string())?.0;
-    if version != SNAPSHOT_VERSION {
-        return Err(format!("snapshot has version {version}; this build reads {SNAPSHOT_VERSION}"));
+    let mut bytes = source.blocks(&[root])?.pop().ok_or("the block source gave nothing")?;
+    match postcard::take_from_bytes(&bytes).map_err(|e| e.to_string())?.0 {
+        SNAPSHOT_VERSION => {}
+        WITH_ALL_OF_RAM => bytes.extend(Hash::ZERO.0),
+        version => {
+            let known = format!("{WITH_ALL_OF_RAM} and {SNAPSHOT_VERSION}");
+            return Err(format!("snapshot has version {version}; this build reads {known}"));
+        }
     }
     decode("snapshot root", &bytes)
 }
@@ -95,15 +112,16 @@ pub struct Rest {
 }
 
 impl StateTree {
-    /// The tree of `machine`, all of whose pages that were ever written are looked at: none of
-    /// them is dirty then.
+    /// The tree of `machine` as it was loaded: snapshots have only what is not so any more. All
+    /// its pages that were ever written are looked at, and none of them is dirty then.
     pub fn new(machine: &mut Machine) -> StateTree {
         let pages = machine.ram.len() / PAGE;
         let mut ram = PageTree::new(pages);
         ram.update(page_hashes(machine.ram.used().map(|page| (page, machine.ram.page(page)))));
         machine.take_dirty();
+        ram.forget_changed();
         let disks = machine.drives.iter().map(|d| PageTree::new(d.disk.blocks())).collect();
-        StateTree { ram, disks }
+        StateTree { loaded: Arc::new(ram.clone()), stored: PageTree::new(pages), ram, disks }
     }
 
     /// The digest of the state now. Only what was written since the last call is rehashed.
@@ -151,9 +169,19 @@ impl StateTree {
         let digest = self.root(&leaves);
         let position = Position { icount: machine.icount, event };
         let mut blocks = vec![];
-        let (pages, nodes) = self.ram.take_changed();
-        for page in pages.into_iter().filter(|page| self.ram.page(*page) != Hash::ZERO) {
-            blocks.push((self.ram.page(page), machine.ram.page(page).to_vec()));
+        let (pages, _) = self.ram.take_changed();
+        let zeros = Hash::of(&[0; PAGE]);
+        self.stored.update(pages.into_iter().map(|page| {
+            let hash = match self.ram.page(page) {
+                hash if hash == self.loaded.page(page) => Hash::ZERO,
+                Hash::ZERO => zeros,
+                hash => hash,
+            };
+            (page, hash)
+        }));
+        let (pages, nodes) = self.stored.take_changed();
+        for page in pages.into_iter().filter(|page| self.stored.page(*page) != Hash::ZERO) {
+            blocks.push((self.stored.page(page), machine.ram.page(page).to_vec()));
         }
         blocks.extend(nodes);
         for (tree, drive) in self.disks.iter_mut().zip(&machine.drives) {
@@ -170,7 +198,7 @@ impl StateTree {
             checks,
             digest,
             ram_pages: (machine.ram.len() / PAGE) as u64,
-            ram: self.ram.root(),
+            ram: self.stored.root(),
             disks: machine
                 .drives
                 .iter()
@@ -178,6 +206,7 @@ impl StateTree {
                 .map(|(drive, tree)| (drive.disk.blocks() as u64, tree.root()))
                 .collect(),
             leaves,
+            loaded: self.loaded.root(),
         };
         let bytes = encode(&root);
         let root = Hash::of(&bytes);
@@ -185,8 +214,10 @@ impl StateTree {
         Snapshot { position, digest, root, blocks }
     }
 
-    /// Puts a snapshot's state into `machine`, which must be of the same manifest.
+    /// Puts a snapshot's state into `machine`, whose tree this is, and which must be of the same
+    /// manifest and as it was loaded. After an error neither is of any use.
     pub fn restore(
+        &mut self,
         machine: &mut Machine,
         root: Hash,
         source: &mut dyn BlockSource,
@@ -197,17 +228,31 @@ impl StateTree {
         if snapshot.ram_pages != (machine.ram.len() / PAGE) as u64 || !disks_agree {
             return Err("snapshot is of a machine with other RAM or disks than the manifest's".into());
         }
-        let bytes = machine.ram.len();
-        // Not both at a time: it may be all that the host has.
-        machine.ram = Ram::new(0);
-        machine.ram =
-            Ram::allocate(bytes).ok_or_else(|| format!("no {bytes} bytes of memory for the guest's RAM"))?;
-        let ram = PageTree::restore(snapshot.ram_pages as usize, snapshot.ram, source, |page, bytes| {
+        let (bytes, pages) = (machine.ram.len(), machine.ram.len() / PAGE);
+        if snapshot.loaded == Hash::ZERO {
+            // Not both at a time: it may be all that the host has.
+            machine.ram = Ram::new(0);
+            machine.ram = Ram::allocate(bytes)
+                .ok_or_else(|| format!("no {bytes} bytes of memory for the guest's RAM"))?;
+            self.ram = PageTree::new(pages);
+            self.loaded = Arc::new(self.ram.clone());
+        } else if snapshot.loaded != self.loaded.root() {
+            return Err("the snapshot lies over other files than those that were loaded".into());
+        }
+        self.stored = PageTree::restore(pages, snapshot.ram, source, |page, bytes| {
             let at = u64::from(page) * PAGE as u64;
             let whole = bytes.len() == PAGE;
             whole.then(|| machine.ram.write(at, bytes)).flatten().ok_or("a page has another size".into())
         })?;
+        let zeros = Hash::of(&[0; PAGE]);
+        self.ram.update((0..pages as u32).filter_map(|page| match self.stored.page(page) {
+            Hash::ZERO => None,
+            hash => Some((page, if hash == zeros { Hash::ZERO } else { hash })),
+        }));
+        self.ram.forget_changed();
         machine.take_dirty();
+        // What was written from outside is no guest's store.
+        machine.ram.take_stale_code();
         let mut disks = vec![];
         for ((blocks, root), drive) in snapshot.disks.iter().zip(&mut machine.drives) {
             disks.push(PageTree::restore(*blocks as usize, *root, source, |block, bytes| {
@@ -236,17 +281,11 @@ impl StateTree {
             return Err("the snapshot's leaves do not fit the manifest's machine".into());
         }
         machine.refresh();
-        let tree = StateTree { ram, disks };
-        if tree.root(&leaves::encoded(machine, &rest)) != snapshot.digest {
+        self.disks = disks;
+        if self.root(&leaves::encoded(machine, &rest)) != snapshot.digest {
             return Err("the restored state does not have the snapshot's digest".into());
         }
-        Ok(Restored {
-            tree,
-            rest,
-            checks: snapshot.checks,
-            position: snapshot.position,
-            digest: snapshot.digest,
-        })
+        Ok(Restored { rest, checks: snapshot.checks, position: snapshot.position, digest: snapshot.digest })
     }
 
     /// Names the parts that differ between two states: pages and leaves.
@@ -288,8 +327,6 @@ impl StateTree {
 
 /// What [`StateTree::restore`] gives beside the machine.
 pub struct Restored {
-    /// The page trees.
-    pub tree: StateTree,
     /// The emulator's own state.
     pub rest: Rest,
     /// The chain of checks.

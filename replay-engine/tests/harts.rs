@@ -184,15 +184,16 @@ impl BlockSource for Blocks {
     }
 }
 
-fn snapshot(machine: &mut Machine) -> (Snapshot, Blocks) {
-    let mut tree = StateTree::new(machine);
+/// A snapshot of `machine`, which was like `loaded`.
+fn snapshot(machine: &mut Machine, mut loaded: Machine) -> (Snapshot, Blocks) {
+    let mut tree = StateTree::new(&mut loaded);
     let snapshot = tree.snapshot(machine, &rest(), Checks::default(), 0);
     let blocks = Blocks(snapshot.blocks.iter().cloned().collect());
     (snapshot, blocks)
 }
 
 fn restore(machine: &mut Machine, root: Hash, blocks: &mut Blocks) -> Result<(), String> {
-    StateTree::restore(machine, root, blocks).map(drop)
+    StateTree::new(machine).restore(machine, root, blocks).map(drop)
 }
 
 #[test]
@@ -203,7 +204,7 @@ fn a_snapshot_in_mid_turn_goes_on_as_if_it_had_not_been() {
         for part in 1..8 {
             let mut guest = Bare::new(make(), 0);
             guest.run(end * part / 8 + 17);
-            let (snapshot, mut blocks) = snapshot(guest.machine_mut());
+            let (snapshot, mut blocks) = snapshot(guest.machine_mut(), make());
             let mut restored = make();
             restore(&mut restored, snapshot.root, &mut blocks).unwrap();
             assert_eq!(restored.current_hart(), guest.machine().current_hart());
@@ -221,7 +222,7 @@ fn a_snapshot_of_other_harts_or_of_an_impossible_turn_is_refused() {
     let make = |harts| weaving(harts, 2, 9000);
     let mut guest = Bare::new(make(3), 0);
     guest.run(50_000);
-    let (snapshot, mut blocks) = snapshot(guest.machine_mut());
+    let (snapshot, mut blocks) = snapshot(guest.machine_mut(), make(3));
     restore(&mut make(3), snapshot.root, &mut blocks).unwrap();
     for harts in [1, 2, 4] {
         let error = restore(&mut make(harts), snapshot.root, &mut blocks).unwrap_err();

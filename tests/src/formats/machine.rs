@@ -93,11 +93,27 @@ pub(super) fn device_tree_seeds() -> Vec<Vec<u8>> {
     vec![tree(1, "", None), [tree(3, "console=ttyS0", Some(7)), vec![0; 64]].concat()]
 }
 
-/// A snapshot at power-on of so many harts, and its blocks, the root first.
-pub(super) fn snapshot_of(harts: u32) -> (Snapshot, Vec<Vec<u8>>) {
+/// What a snapshot lies over.
+#[derive(Clone, Copy)]
+pub(super) enum Over {
+    /// All of RAM is in it.
+    Nothing,
+    /// Only what has been written since is in it.
+    Loaded,
+}
+
+/// A snapshot of so many harts that have hardly begun, and its blocks, the root first.
+pub(super) fn snapshot_of(harts: u32, over: Over) -> (Snapshot, Vec<Vec<u8>>) {
     let mut machine = machine(harts);
     let rest = Rest { warp: Warp::default(), is_started: false };
-    let mut tree = StateTree::new(&mut machine);
+    let mut tree = match over {
+        Over::Loaded => StateTree::new(&mut machine),
+        Over::Nothing => {
+            let ram = Ram::new(machine.ram().len());
+            StateTree::new(&mut Machine::new(ram, Hart::new(RAM_BASE), 0, vec![]))
+        }
+    };
+    while machine.run(INSTRUCTIONS, &mut Nobody) == Exit::Work {}
     let snapshot = tree.snapshot(&mut machine, &rest, Checks::default(), 0);
     let blocks = snapshot.blocks.iter().rev().map(|(_, block)| block.clone()).collect();
     (snapshot, blocks)
@@ -111,18 +127,19 @@ pub(super) fn check_snapshot(bytes: &[u8]) -> bool {
     let named = heddle_replay_engine::snapshot_blocks(root, &mut source);
     let taken = HARTS.into_iter().find_map(|harts| {
         let mut machine = machine(harts);
-        let restored = StateTree::restore(&mut machine, root, &mut source).ok()?;
-        Some((machine, restored))
+        let mut tree = StateTree::new(&mut machine);
+        let restored = tree.restore(&mut machine, root, &mut source).ok()?;
+        Some((machine, tree, restored))
     });
-    let Some((mut machine, restored)) = taken else { return false };
+    let Some((mut machine, mut tree, restored)) = taken else { return false };
     assert!(named.is_ok(), "all blocks were there");
-    let mut tree = restored.tree;
     assert_eq!(tree.digest(&mut machine, &restored.rest), restored.digest);
     true
 }
 
 pub(super) fn snapshot_seeds() -> Vec<Vec<u8>> {
-    let blocks = HARTS.map(|harts| snapshot_of(harts).1);
+    let over = |over| HARTS.map(|harts| snapshot_of(harts, over).1);
+    let blocks = [over(Over::Nothing), over(Over::Loaded)].concat();
     blocks.iter().map(|blocks| join(blocks.iter().map(Vec::as_slice))).collect()
 }
 

@@ -1,6 +1,6 @@
 //! What a recording is made of, what is said of it, and the files it travels in.
 
-use super::machine::{image_of, snapshot_of};
+use super::machine::{Over, image_of, snapshot_of};
 use bytes::Bytes;
 use heddle_coordinator::hunt;
 use heddle_coordinator::job::{Job, JobKind, JobState, Span, Task, TaskState, Work};
@@ -343,8 +343,9 @@ fn take_container(bytes: &[u8]) -> bool {
 }
 
 pub(super) fn container_seeds() -> Vec<Vec<u8>> {
-    let (snapshot, blocks) = snapshot_of(1);
-    let entry = SnapshotEntry { icount: 0, event: 0, root: snapshot.root, digest: snapshot.digest };
+    let (snapshot, blocks) = snapshot_of(1, Over::Nothing);
+    let icount = snapshot.position.icount;
+    let entry = SnapshotEntry { icount, event: 0, root: snapshot.root, digest: snapshot.digest };
     let plain = container(&manifest(builtin()), vec![], image_of("", guest::LOOM_ELF).1);
     let all = [image_of("", guest::LOOM_ELF).1, blocks].concat();
     vec![plain, container(&manifest(builtin()), vec![entry], all)]
