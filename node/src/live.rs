@@ -11,17 +11,21 @@ use heddle_proto::v1::coordinator_client::CoordinatorClient;
 use heddle_proto::{ChunkBuilder, Hash, Manifest, RecordingId, v1};
 use heddle_replay_engine::Snapshot;
 use heddle_storage::{StoreClient, StoreError, channel};
+use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 /// Bytes of snapshots that may wait for the store; beyond it the guest pauses.
 const SNAPSHOT_BYTES_MAX: u64 = 256 << 20;
 /// How often the recorder tells the coordinator that it lives.
 const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
+/// How far the thread that stores snapshots stands back for the guest's.
+const NICE: i32 = 10;
 const DRAIN_POLL: Duration = Duration::from_millis(2);
 
 /// A snapshot to be stored.
@@ -146,7 +150,8 @@ impl Live {
             committed: watermarks.committed.clone(),
         };
         let (queue, waiting) = SnapshotQueue::new();
-        let uploading = upload_snapshots(store.clone(), id, opened.epoch, waiting);
+        let (apart, epoch) = (store.apart(), opened.epoch);
+        let uploading = in_background(move || upload_snapshots(apart, id, epoch, waiting))?;
         Ok(Live {
             store: store.clone(),
             id,
@@ -247,6 +252,30 @@ async fn refusal(task: &mut Option<JoinHandle<Result<()>>>) -> anyhow::Error {
     std::future::pending().await
 }
 
+/// Runs a task on one thread of its own, which stands back for the guest's. That one is never
+/// idle: the runtime's threads, which compressed a snapshot's pages all at once, took its core
+/// for as long. Dropping what this gives ends the task.
+fn in_background<F>(task: impl FnOnce() -> F + Send + 'static) -> Result<impl Future<Output = Result<()>>>
+where
+    F: Future<Output = Result<()>>,
+{
+    let (mut sender, receiver) = oneshot::channel();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    thread::Builder::new().name("snapshots".into()).spawn(move || {
+        // Linux has it for each thread. Where it can't be had, all is as with the others.
+        let _ = rustix::process::nice(NICE);
+        runtime.block_on(async {
+            tokio::select! {
+                () = sender.closed() => {}
+                done = task() => {
+                    let _ = sender.send(done);
+                }
+            }
+        });
+    })?;
+    Ok(async { receiver.await.context("the thread of snapshots has ended")? })
+}
+
 /// Stores snapshots in the order taken: a snapshot's blocks include none of earlier ones.
 async fn upload_snapshots(
     store: StoreClient,
@@ -284,6 +313,29 @@ mod tests {
         assert!(!queue.is_full());
         queue.push(large);
         assert!(!queue.is_full());
+    }
+
+    #[tokio::test]
+    async fn a_task_in_the_background_stands_back_and_ends_with_who_waits_for_it() -> Result<()> {
+        let here = rustix::process::nice(0)?;
+        let there = Arc::new(AtomicU64::new(0));
+        let seen = there.clone();
+        let task = move || async move {
+            seen.store(rustix::process::nice(0)? as u64, Ordering::Relaxed);
+            bail!("no room")
+        };
+        assert_eq!(in_background(task)?.await.map_err(|error| error.to_string()), Err("no room".into()));
+        assert_eq!(there.load(Ordering::Relaxed), (here + NICE).min(19) as u64);
+        assert_eq!(rustix::process::nice(0)?, here);
+
+        let (held, ended) = oneshot::channel::<()>();
+        let waits = in_background(move || async move {
+            let _held = held;
+            std::future::pending().await
+        })?;
+        drop(waits);
+        assert!(ended.await.is_err(), "the task was dropped");
+        Ok(())
     }
 
     #[tokio::test]

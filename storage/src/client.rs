@@ -129,6 +129,12 @@ impl StoreClient {
         StoreClient { patience, ..self.clone() }
     }
 
+    /// The same client over connections of its own, whose work is done on the runtime that
+    /// first uses them.
+    pub fn apart(&self) -> StoreClient {
+        StoreClient { channels: Arc::default(), ..self.clone() }
+    }
+
     /// The replicas' addresses.
     pub fn addresses(&self) -> Vec<String> {
         self.addresses.read().unwrap_or_else(PoisonError::into_inner).clone()
