@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 const CHUNK_BYTES: usize = 64 << 10;
 /// Far below what a chunk may hold.
 pub(crate) const CHUNK_BYTES_MAX: usize = 1 << 20;
-/// How long an event may wait for its chunk to fill.
+/// How long an event that is news may wait for its chunk to fill.
 pub const LINGER: Duration = Duration::from_millis(50);
 /// The same of an event that has nothing from outside: a replay that has all events before it
 /// comes there by itself. A guest that computes has hardly any others, and each chunk costs the
@@ -49,7 +49,7 @@ impl Chunker {
         let mut inner = self.lock();
         let linger = if events.iter().any(has_news) { LINGER } else { LINGER_WITHOUT_NEWS };
         let close_at = Instant::now() + linger;
-        inner.close_at = Some(inner.close_at.map_or(close_at, |at| at.min(close_at)));
+        let close_at = inner.close_at.map_or(close_at, |at| at.min(close_at));
         let mut events = events.into_iter().peekable();
         while let Some(event) = events.next() {
             inner.builder.push(&event);
@@ -59,6 +59,8 @@ impl Chunker {
                 self.close(&mut inner);
             }
         }
+        // Behind all chunks that were closed in between: what is left waits no longer.
+        inner.close_at = Some(close_at);
         if inner.builder.bytes() >= CHUNK_BYTES {
             self.close(&mut inner);
         }

@@ -151,7 +151,7 @@ impl Live {
         };
         let (queue, waiting) = SnapshotQueue::new();
         let (apart, epoch) = (store.apart(), opened.epoch);
-        let uploading = in_background(move || upload_snapshots(apart, id, epoch, waiting))?;
+        let uploading = in_background(move || upload_snapshots(apart, id, epoch, waiting));
         Ok(Live {
             store: store.clone(),
             id,
@@ -254,14 +254,19 @@ async fn refusal(task: &mut Option<JoinHandle<Result<()>>>) -> anyhow::Error {
 
 /// Runs a task on one thread of its own, which stands back for the guest's. That one is never
 /// idle: the runtime's threads, which compressed a snapshot's pages all at once, took its core
-/// for as long. Dropping what this gives ends the task.
-fn in_background<F>(task: impl FnOnce() -> F + Send + 'static) -> Result<impl Future<Output = Result<()>>>
+/// for as long. (It stands back when the guest has ended, too: on a busy host the last snapshots
+/// take longer for it.) Dropping what this gives ends the task.
+fn in_background<F>(task: impl FnOnce() -> F + Send + 'static) -> impl Future<Output = Result<()>> + Send
 where
     F: Future<Output = Result<()>>,
 {
     let (mut sender, receiver) = oneshot::channel();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    thread::Builder::new().name("snapshots".into()).spawn(move || {
+    let spawned = thread::Builder::new().name("snapshots".into()).spawn(move || {
+        // Made here: a runtime may not be dropped within another.
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => return drop(sender.send(Err(error.into()))),
+        };
         // Linux has it for each thread. Where it can't be had, all is as with the others.
         let _ = rustix::process::nice(NICE);
         runtime.block_on(async {
@@ -272,8 +277,11 @@ where
                 }
             }
         });
-    })?;
-    Ok(async { receiver.await.context("the thread of snapshots has ended")? })
+    });
+    async {
+        spawned.context("start the thread of snapshots")?;
+        receiver.await.context("the thread of snapshots has ended")?
+    }
 }
 
 /// Stores snapshots in the order taken: a snapshot's blocks include none of earlier ones.
@@ -324,7 +332,7 @@ mod tests {
             seen.store(rustix::process::nice(0)? as u64, Ordering::Relaxed);
             bail!("no room")
         };
-        assert_eq!(in_background(task)?.await.map_err(|error| error.to_string()), Err("no room".into()));
+        assert_eq!(in_background(task).await.map_err(|error| error.to_string()), Err("no room".into()));
         assert_eq!(there.load(Ordering::Relaxed), (here + NICE).min(19) as u64);
         assert_eq!(rustix::process::nice(0)?, here);
 
@@ -332,7 +340,7 @@ mod tests {
         let waits = in_background(move || async move {
             let _held = held;
             std::future::pending().await
-        })?;
+        });
         drop(waits);
         assert!(ended.await.is_err(), "the task was dropped");
         Ok(())

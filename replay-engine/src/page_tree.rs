@@ -2,7 +2,8 @@
 //! the blocks of a snapshot.
 //!
 //! A page of zeros, and a node over such pages only, has the hash [`Hash::ZERO`]
-//! and no block. A node's block is the hashes of its (at most 128) children.
+//! and no block. (In a tree over what differs from something else, it is a page that does not
+//! differ, and a page of zeros has the hash of its bytes.) A node's block is the hashes of its (at most 128) children.
 
 use crate::page_hash::page_hashes;
 use heddle_proto::Hash;
@@ -77,8 +78,8 @@ impl PageTree {
         &below[node * FANOUT..below.len().min((node + 1) * FANOUT)]
     }
 
-    /// Pages changed since the last call, and the blocks of all nodes above them.
-    pub fn take_changed(&mut self) -> (Vec<u32>, Vec<(Hash, Vec<u8>)>) {
+    /// Pages changed since the last call.
+    pub fn take_changed_pages(&mut self) -> Vec<u32> {
         let mut pages = vec![];
         for (at, word) in self.changed.iter_mut().enumerate() {
             let mut left = std::mem::take(word);
@@ -87,6 +88,12 @@ impl PageTree {
                 left &= left - 1;
             }
         }
+        pages
+    }
+
+    /// The same, and the blocks of all nodes above them.
+    pub fn take_changed(&mut self) -> (Vec<u32>, Vec<(Hash, Vec<u8>)>) {
+        let pages = self.take_changed_pages();
         let mut nodes: Vec<usize> = pages.iter().map(|page| *page as usize).collect();
         let mut blocks = vec![];
         for level in 1..self.levels.len() {
@@ -145,7 +152,7 @@ impl PageTree {
         Ok(all)
     }
 
-    /// Rebuilds the tree with this root, and gives every page that is not zeros.
+    /// Rebuilds the tree with this root, and gives every page that has a block.
     pub fn restore(
         pages: usize,
         root: Hash,

@@ -1,5 +1,6 @@
 //! The whole state as a tree: RAM, overlays, and a named leaf for each device.
-//! Its root is the digest; its blocks are a snapshot.
+//! Its root is the digest. A snapshot's blocks are the same, but of RAM only what is not as it
+//! was loaded.
 
 mod leaves;
 
@@ -74,15 +75,17 @@ struct SnapshotRoot {
 
 fn read_root(root: Hash, source: &mut dyn BlockSource) -> Result<SnapshotRoot, String> {
     let mut bytes = source.blocks(&[root])?.pop().ok_or("the block source gave nothing")?;
-    match postcard::take_from_bytes(&bytes).map_err(|e| e.to_string())?.0 {
-        SNAPSHOT_VERSION => {}
-        WITH_ALL_OF_RAM => bytes.extend(Hash::ZERO.0),
-        version => {
-            let known = format!("{WITH_ALL_OF_RAM} and {SNAPSHOT_VERSION}");
-            return Err(format!("snapshot has version {version}; this build reads {known}"));
-        }
+    let version: u32 = postcard::take_from_bytes(&bytes).map_err(|e| e.to_string())?.0;
+    if version == SNAPSHOT_VERSION {
+        return decode("snapshot root", &bytes);
     }
-    decode("snapshot root", &bytes)
+    if version != WITH_ALL_OF_RAM {
+        let known = format!("{WITH_ALL_OF_RAM} and {SNAPSHOT_VERSION}");
+        return Err(format!("snapshot has version {version}; this build reads {known}"));
+    }
+    // The one field that it lacks is the last.
+    bytes.extend(Hash::ZERO.0);
+    Ok(SnapshotRoot { loaded: Hash::ZERO, ..decode("snapshot root", &bytes)? })
 }
 
 /// The hashes of all blocks of a snapshot, its root among them.
@@ -169,7 +172,7 @@ impl StateTree {
         let digest = self.root(&leaves);
         let position = Position { icount: machine.icount, event };
         let mut blocks = vec![];
-        let (pages, _) = self.ram.take_changed();
+        let pages = self.ram.take_changed_pages();
         let zeros = Hash::of(&[0; PAGE]);
         self.stored.update(pages.into_iter().map(|page| {
             let hash = match self.ram.page(page) {
@@ -180,8 +183,14 @@ impl StateTree {
             (page, hash)
         }));
         let (pages, nodes) = self.stored.take_changed();
-        for page in pages.into_iter().filter(|page| self.stored.page(*page) != Hash::ZERO) {
-            blocks.push((self.stored.page(page), machine.ram.page(page).to_vec()));
+        let mut has_zeros = false;
+        for page in pages {
+            let hash = self.stored.page(page);
+            // A file's pages that are all zeros now are one block.
+            let is_again = hash == zeros && std::mem::replace(&mut has_zeros, true);
+            if hash != Hash::ZERO && !is_again {
+                blocks.push((hash, machine.ram.page(page).to_vec()));
+            }
         }
         blocks.extend(nodes);
         for (tree, drive) in self.disks.iter_mut().zip(&machine.drives) {
@@ -237,7 +246,10 @@ impl StateTree {
             self.ram = PageTree::new(pages);
             self.loaded = Arc::new(self.ram.clone());
         } else if snapshot.loaded != self.loaded.root() {
-            return Err("the snapshot lies over other files than those that were loaded".into());
+            let why = "other files or another device tree, or by a build that lays them out otherwise";
+            return Err(format!("the snapshot lies over what was not loaded here: {why}"));
+        } else if !machine.ram.dirty().is_empty() || self.ram.root() != snapshot.loaded {
+            return Err("the machine has run since it was loaded: a snapshot goes into a new one".into());
         }
         self.stored = PageTree::restore(pages, snapshot.ram, source, |page, bytes| {
             let at = u64::from(page) * PAGE as u64;

@@ -45,6 +45,10 @@ impl Core {
     /// The addresses that the replicas were started with become rows, by the first leader.
     pub fn propose_members(&mut self, addresses: &BTreeMap<u64, String>) -> Result<(), Error> {
         let Some(group) = self.groups.first_mut().filter(|group| group.leads()) else { return Ok(()) };
+        // A new leader's rows may lag behind its log, which has the row, and what it is told since.
+        if group.applied.1 != group.node.raft.term {
+            return Ok(());
+        }
         let known = self.catalog.members()?;
         for id in group.node.store().conf_state().voters.clone() {
             if known.contains_key(&id) {

@@ -43,7 +43,7 @@ pub fn snapshots(rows: &mut Rows) -> Result<()> {
 fn seconds(pages: u64) -> Result<f64> {
     let machine = Guest::writing(pages).machine()?;
     let mut emulator = Emulator::record(machine, positions(0), Sleep::Off, AsyncQueue::default());
-    // The first has the guest's image, too.
+    // The first has what the guest's beginning writes, too.
     run_to(emulator.machine_mut(), BEGINNING)?;
     write_all(emulator.machine_mut(), pages)?;
     emulator.snapshot();
